@@ -1,0 +1,177 @@
+"""How tokens lie on disk, and how a batch is found there from (seed, step) alone.
+
+A dataset is a directory:
+    train_000000.bin ...   shards in llm.c's layout: 256 int32 (magic, version, token count, zeros), then uint16 tokens
+    val_000000.bin ...     text that no train shard contains
+    meta.json              tokenizer, vocab_size, tokens and bytes per split, sha256 of the source
+Shards from elsewhere work too: llm.c's GPT-2 shards (any name with "train" or "val" in it) and nanoGPT's raw train.bin
+and val.bin, which have no header. Without meta.json they are taken for GPT-2 tokens.
+
+A batch is a pure function of (dataset, seed, step). Nothing is stored between steps, so a resumed run reads what the
+uninterrupted one would have, a batch is the same for any number of ranks, and evaluating never shifts what comes next.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+MAGIC, VERSION, HEADER = 20240520, 1, 256  # llm.c's; HEADER counts int32
+HERE = Path(__file__).resolve().parent
+
+
+def tokenizer(name: str) -> tiktoken.Encoding:
+    """The Encoding called `name`: "bytes" (256 ids, no download) or one that tiktoken knows, as "r50k_base" (GPT-2).
+
+    Raises ValueError for an unknown name or one that cannot be fetched.
+    """
+    if name == "bytes":
+        ranks = {bytes([i]): i for i in range(256)}  # one id a byte and no merges
+        return tiktoken.Encoding("bytes", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={})
+    if name not in tiktoken.list_encoding_names():
+        raise ValueError(f"unknown tokenizer {name!r}: use 'bytes' or one of {tiktoken.list_encoding_names()}")
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:  # it downloads the table of merges on first use: any kind of network error lands here
+        raise ValueError(
+            f"tokenizer {name!r} could not be fetched ({type(error).__name__}); use --tokenizer bytes, "
+            "or set TIKTOKEN_CACHE_DIR to a folder where tiktoken has stored it before"
+        ) from error
+
+
+def separator(encoding: tiktoken.Encoding) -> int:
+    """The token put before every document: <|endoftext|>, or for bytes the byte 0, which no text contains."""
+    return 0 if encoding.name == "bytes" else encoding.eot_token
+
+
+def write_shard(path: Path, tokens: np.ndarray):
+    """Write one shard. Raises ValueError if a token does not fit 16 bits."""
+    if len(tokens) and tokens.max() >= 2**16:
+        raise ValueError(f"token {tokens.max()} does not fit the 16 bits of a shard")
+    header = np.zeros(HEADER, dtype=np.int32)
+    header[:3] = MAGIC, VERSION, len(tokens)
+    with open(path, "wb") as file:
+        file.write(header.tobytes())
+        file.write(tokens.astype(np.uint16).tobytes())
+
+
+def open_shard(path: Path) -> np.memmap:
+    """The tokens of a shard as a uint16 memory map; nothing is read yet. Raises ValueError for a damaged file."""
+    size = path.stat().st_size
+    start = np.fromfile(path, dtype=np.int32, count=3)
+    if len(start) == 3 and start[0] == MAGIC:
+        expected = HEADER * 4 + int(start[2]) * 2
+        if start[1] != VERSION:
+            raise ValueError(f"{path} is a shard of version {start[1]}; this code reads version {VERSION}")
+        if size != expected:
+            raise ValueError(
+                f"{path} is damaged: it should have {expected:,} bytes ({start[2]:,} tokens), not {size:,}"
+            )
+        return np.memmap(path, dtype=np.uint16, mode="r", offset=HEADER * 4)
+    if size == 0 or size % 2:
+        raise ValueError(f"{path} is no token file: {size:,} bytes, and neither llm.c's header nor whole 16-bit tokens")
+    return np.memmap(path, dtype=np.uint16, mode="r")  # nanoGPT: tokens from the first byte on
+
+
+def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """Where a seeded permutation of 0..n-1 sends each `index`.
+
+    A shuffled list of all windows of a large corpus would fill memory. A four-round Feistel network is a permutation
+    that is computed: whatever the round function f, (L, R) -> (R, L xor f(R)) can be undone. It permutes 0..4^k-1 >= n;
+    a result outside 0..n-1 is sent through again until it falls inside, which keeps the whole one-to-one.
+    """
+    half_bits = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
+    half, mask = np.uint64(half_bits), np.uint64(2**half_bits - 1)
+    keys = np.random.SeedSequence([seed, epoch]).generate_state(4, np.uint64)
+
+    def once(x):
+        left, right = x >> half, x & mask
+        for key in keys:
+            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)  # multiply and fold, as splitmix64; overflow is meant
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(32))) & mask)
+        return (left << half) | right
+
+    out = once(np.asarray(index, dtype=np.uint64))
+    while (outside := out >= n).any():
+        out[outside] = once(out[outside])
+    return out.astype(np.int64)
+
+
+def find_dataset(name: str) -> Path:
+    """`name` as a path, or else as a dataset prepared beside this file ("shakespeare")."""
+    path = Path(name)
+    return path if path.exists() or len(path.parts) > 1 else HERE / name
+
+
+def read_meta(directory: Path) -> dict:
+    """meta.json of a dataset; GPT-2's tokenizer where there is none, as for shards from llm.c and nanoGPT."""
+    path = directory / "meta.json"
+    if not path.exists():
+        return dict(tokenizer="r50k_base", vocab_size=50257, bytes_per_token=None, tokens={}, source="unknown")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"tokenizer", "vocab_size", "bytes_per_token", "tokens"} - meta.keys()
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: prepare the data again")
+    return meta
+
+
+class Dataset:
+    """One split of a dataset, cut into non-overlapping windows of seq_len + 1 tokens (inputs and their next tokens).
+
+    Raises FileNotFoundError if there are no shards, ValueError if a file is damaged or too short for one window.
+    """
+
+    def __init__(self, directory, split: str, seq_len: int, seed: int = 0):
+        self.directory, self.split, self.seq_len, self.seed = Path(directory), split, seq_len, seed
+        paths = sorted(self.directory.glob(f"*{split}*.bin"))
+        if not paths:
+            raise FileNotFoundError(
+                f"no {split} shards (*{split}*.bin) in {directory}: see python data/prepare.py --help"
+            )
+        self.meta = read_meta(self.directory)
+        self.shards = [open_shard(path) for path in paths]
+        self.n_tokens = sum(map(len, self.shards))
+        promised = self.meta["tokens"].get(split, self.n_tokens)
+        if promised != self.n_tokens:
+            raise ValueError(
+                f"{directory}: meta.json promises {promised:,} {split} tokens, there are {self.n_tokens:,}"
+            )
+        per_shard = [len(shard) // (seq_len + 1) for shard in self.shards]  # a window never crosses shards
+        self.first_window = np.concatenate([[0], np.cumsum(per_shard)])  # [shards + 1]
+        self.n_windows = int(self.first_window[-1])
+        if not self.n_windows:
+            raise ValueError(f"{directory}: {self.n_tokens:,} {split} tokens are too few for --seq-len {seq_len} (+ 1)")
+        self.windows(self.evaluation_windows(8))  # a foreign file shows here, before a run begins
+
+    def windows(self, index) -> np.ndarray:
+        """The windows with the given numbers, int64 [n, seq_len + 1]. Raises ValueError for ids that cannot be."""
+        T = self.seq_len + 1
+        shard = np.searchsorted(self.first_window, index, side="right") - 1
+        start = (np.asarray(index) - self.first_window[shard]) * T
+        out = np.stack([self.shards[s][i : i + T] for s, i in zip(shard, start)]).astype(np.int64)
+        if out.max() >= self.meta["vocab_size"]:
+            raise ValueError(
+                f"{self.directory}: a {self.split} shard holds token {out.max()}, but {self.meta['tokenizer']!r} "
+                f"has {self.meta['vocab_size']:,} ids: not a token file, or made with another tokenizer"
+            )
+        return out
+
+    def batch(self, step: int, batch_size: int, rank: int = 0, world: int = 1) -> np.ndarray:
+        """This rank's rows of the batch of `step` (0, 1, ...), int64 [batch_size / world, seq_len + 1].
+
+        Samples are numbered through all steps; number g is window permute(g mod n) of epoch g div n.
+        """
+        rows = np.arange(rank * batch_size // world, (rank + 1) * batch_size // world)
+        epoch, index = np.divmod(step * batch_size + rows, self.n_windows)
+        for e in np.unique(epoch):
+            index[epoch == e] = permute(index[epoch == e], self.n_windows, self.seed, int(e))
+        return self.windows(index)
+
+    def evaluation_windows(self, n: int) -> np.ndarray:
+        """Numbers of at most n windows spread evenly over the split: always the same ones."""
+        return np.arange(min(n, self.n_windows)) * self.n_windows // min(n, self.n_windows)

@@ -1,0 +1,38 @@
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.prepare import prepare
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def dataset_dir(tmp_path_factory):
+    """A prepared dataset of 40 documents of made-up words, as bytes."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(40)]
+    documents = [" ".join(rng.choices(words, k=150)) for _ in range(40)]
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "words.txt").write_text("\n<|endoftext|>\n".join(documents))
+    prepare(folder / "words", "bytes", folder / "words.txt")
+    return folder / "words"
+
+
+@pytest.fixture
+def small_run(dataset_dir):
+    """Options of a run that takes a few milliseconds a step."""
+    shape = "--preset tiny --n-layer 1 --n-head 2 --n-embd 32 --seq-len 16 --batch-size 8 --device cpu --lr 1e-2 --embed-lr 1e-2"
+    return [*shape.split(), "--data", str(dataset_dir)]
+
+
+def read_log(run_dir):
+    """(training records, evaluation records) of a run, by step."""
+    records = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return {r["step"]: r for r in records if "loss" in r}, {r["step"]: r for r in records if "val_loss" in r}

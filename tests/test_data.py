@@ -1,0 +1,114 @@
+import numpy as np
+import pytest
+
+from data.prepare import plain_text, prepare, split_text
+from data.tokens import HEADER, MAGIC, Dataset, open_shard, permute, separator, tokenizer, write_shard
+
+
+def test_the_permutation_is_one_to_one_for_any_size():
+    for n in (1, 2, 3, 17, 64, 1000, 65537):
+        assert np.array_equal(np.sort(permute(np.arange(n), n, seed=1, epoch=2)), np.arange(n))
+
+
+def test_the_permutation_changes_with_seed_and_epoch_and_shuffles_well():
+    n = 10_000
+    orders = [permute(np.arange(n), n, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    for i, a in enumerate(orders):
+        assert abs(np.corrcoef(np.arange(n), a)[0, 1]) < 0.05  # no trend: standard error 0.01
+        assert (np.abs(np.diff(a)) == 1).mean() < 0.01  # neighbours are not neighbours any more
+        for b in orders[:i]:
+            assert (a == b).mean() < 0.01
+
+
+def test_an_epoch_reads_every_window_once_over_many_shards(tmp_path):
+    sizes, T = (1000, 37, 500, 2), 9
+    token = iter(range(10_000))
+    for i, size in enumerate(sizes):
+        write_shard(tmp_path / f"x_train_{i}.bin", np.array([next(token) for _ in range(size)]))
+    data = Dataset(tmp_path, "train", seq_len=T - 1)
+    assert data.n_windows == sum(size // T for size in sizes)
+    epoch = np.concatenate([data.batch(step, 1) for step in range(data.n_windows)])
+    assert len(np.unique(epoch)) == epoch.size  # all tokens differ, so each window came once
+    assert (np.diff(epoch, axis=1) == 1).all()  # and is a run of neighbours within one shard
+    starts = {0, 1000, 1037, 1537}
+    assert not any(set(row[1:]) & starts for row in epoch.tolist())
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_step_and_ranks_divide_it(dataset_dir):
+    a, b = (Dataset(dataset_dir, "train", 16, seed=3) for _ in range(2))
+    b.batch(7, 8), b.windows(b.evaluation_windows(5))  # reading elsewhere changes nothing
+    for step in (0, 5, 10**6):
+        whole = a.batch(step, 8)
+        assert np.array_equal(whole, b.batch(step, 8))
+        for world in (2, 4):
+            assert np.array_equal(whole, np.concatenate([b.batch(step, 8, r, world) for r in range(world)]))
+    assert not np.array_equal(a.batch(0, 8), Dataset(dataset_dir, "train", 16, seed=4).batch(0, 8))
+
+
+def test_a_batch_size_larger_than_an_epoch_works(dataset_dir):
+    data = Dataset(dataset_dir, "val", 512)
+    assert data.batch(0, 3 * data.n_windows).shape == (3 * data.n_windows, 513)
+
+
+def test_shards_survive_a_round_trip_and_have_the_layout_of_llm_c(tmp_path):
+    tokens = np.array([0, 1, 65535, 7])
+    write_shard(tmp_path / "a.bin", tokens)
+    assert np.array_equal(open_shard(tmp_path / "a.bin"), tokens)
+    raw = (tmp_path / "a.bin").read_bytes()
+    assert len(raw) == 4 * HEADER + 2 * 4
+    assert np.frombuffer(raw[:12], np.int32).tolist() == [MAGIC, 1, 4]
+
+
+def test_raw_nanogpt_files_are_read(tmp_path):
+    for split in ("train", "val"):
+        np.arange(100, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
+    data = Dataset(tmp_path, "train", 9)
+    assert data.n_windows == 10 and data.meta["tokenizer"] == "r50k_base"
+    assert sorted(data.batch(0, 10)[:, 0]) == list(range(0, 100, 10))
+
+
+def test_bytes_tokenizer_is_utf8(tmp_path):
+    encoding, text = tokenizer("bytes"), "Ünïcode  and\n\n blanks\t—\0\U0001f600"
+    assert encoding.n_vocab == 256 and separator(encoding) == 0
+    assert encoding.encode_ordinary(text) == list(text.encode())
+    assert encoding.decode(encoding.encode_ordinary(text)) == text
+
+
+def test_prepared_text_comes_back_document_by_document(tmp_path):
+    documents = [f"Document {i}, naïve.\n\nEnd" for i in range(40)]
+    (tmp_path / "t.txt").write_text("\n\n<|endoftext|>\n\n".join(documents))
+    meta = prepare(tmp_path / "out", "bytes", tmp_path / "t.txt")
+    decode = tokenizer("bytes").decode
+    read = {
+        s: decode(open_shard(tmp_path / "out" / f"{s}_000000.bin").tolist()).split("\0")[1:] for s in ("train", "val")
+    }
+    assert read["val"] == documents[19::20]
+    assert read["train"] == [d for i, d in enumerate(documents) if i % 20 != 19]
+    assert meta["bytes"]["val"] == sum(len(d.encode()) for d in documents[19::20])
+    assert meta["bytes_per_token"] == meta["bytes"]["val"] / meta["tokens"]["val"]
+
+
+def test_a_single_document_is_split_without_losing_or_sharing_text():
+    lines = [f"line {i}" for i in range(1000)]
+    train, val = split_text("\n".join(lines))
+    assert "\n".join(train + val) == "\n".join(lines)
+    assert 0.03 < len(val[0]) / len("\n".join(lines)) < 0.11
+
+
+def test_plays_lose_their_markdown():
+    markdown = (
+        "# Macbeth\n\n### SCENE I. A heath.\n\n**FIRST WITCH**  \nWhen shall we  \nmeet\u2014again\\.\n\n\n_Exeunt_\n"
+    )
+    assert (
+        plain_text(markdown) == "Macbeth\n\nSCENE I. A heath.\n\nFIRST WITCH:\nWhen shall we\nmeet--again.\n\nExeunt\n"
+    )
+
+
+def test_a_failed_preparation_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "t.txt").write_text("some text\n" * 50)
+    monkeypatch.setattr(
+        "data.prepare.write_shard", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(OSError):
+        prepare(tmp_path / "out", "bytes", tmp_path / "t.txt")
+    assert [p.name for p in tmp_path.iterdir()] == ["t.txt"]
