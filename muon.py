@@ -1,0 +1,206 @@
+"""Muon, the optimizer of OSP: momentum whose every step is turned into a (nearly) orthogonal matrix.
+
+Adam divides each number of the gradient by its own running size. That singles out coordinates: channels that happen
+to be favoured are favoured again, and outliers grow along the axes. Muon treats a weight matrix as a matrix: of the
+gradient G = U S V^T it keeps U V^T, so that every direction moves by the same amount and no channel is special (3.1).
+
+Glossary: name here, symbol in the paper or its code, meaning
+    newton_schulz   eq. 2          the approximate map G = U S V^T -> U V^T
+    momentum        buf            heavy-ball sum of gradients, buf = g + beta buf
+    X, A, B         optimization.py   the iterate and its Gram polynomials
+Official implementation: dmis-lab/Outlier-Safe-Pre-Training, optimization.py. Same rule; we stack matrices differently.
+
+Two limits worth knowing. The step has a fixed size: the learning rate alone says how far the weights move, however
+small the gradient. And it only makes sense for matrices that map one set of channels to another. An embedding is a
+table of rows, most of them untouched by a batch; it and the head stay with AdamW (the paper's default; "muon-only" is
+its dagger row).
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+
+def newton_schulz(G, steps: int = 5):
+    """Push the singular values of each matrix of G [..., m, n] towards 1: about U V^T where G = U S V^T. (eq. 2)
+
+    Each step applies the odd polynomial a s + b s^3 + c s^5 to every singular value s, using matrix products only.
+    The coefficients are tuned for speed, not for convergence: five steps bring everything that started above about
+    0.003 to between 0.7 and 1.2, and that is all a step direction needs. So bf16 is enough too, where it is fast.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G / (torch.linalg.matrix_norm(G, keepdim=True) + 1e-8)  # Frobenius norm 1, so no singular value exceeds 1
+    X = X.bfloat16() if G.is_cuda else X
+    tall = G.shape[-2] > G.shape[-1]
+    X = X.mT if tall else X  # X X^T is then the smaller of the two Gram matrices
+    for _ in range(steps):
+        A = X @ X.mT
+        B = b * A + c * A @ A
+        X = a * X + B @ X
+    return (X.mT if tall else X).to(G.dtype)
+
+
+def muon_update(grad, momentum, beta: float = 0.95, orthogonalize=newton_schulz):
+    """One Muon step for a stack of equal tensors, [k, m, n] of matrices or [k, n] or [k] of vectors or scalars.
+
+    Returns (update, new momentum), the update per unit of learning rate. Changes neither argument. Mind that the step
+    has a fixed length: a gain vector moves by 0.2 lr sqrt(n) whatever its gradient, a single gain by 0.2 lr.
+    """
+    momentum = grad + beta * momentum  # heavy ball: no (1 - beta) in front of the gradient, its size cancels below
+    u = grad + beta * momentum  # Nesterov: look one step ahead
+    if u.ndim == 3:
+        unit = orthogonalize(u)
+    else:  # no singular values here: the official code divides by the 2-norm. For SSNorm's one number that is its sign.
+        rows = u.view(len(u), -1)  # [k, n], n = 1 for scalars
+        unit = (rows / (rows.norm(dim=1, keepdim=True) + 1e-8)).view_as(u)
+    # sqrt(max) brings a typical entry of `unit` to about 1; 0.2 is the typical size of Adam's: equal lr, equal steps
+    return 0.2 * math.sqrt(max(grad.shape[1:], default=1)) * unit, momentum
+
+
+def orthogonalize_across_ranks(stack):
+    """newton_schulz(stack), each rank doing its share of the k matrices and all ranks getting all results.
+
+    Every rank holds the same averaged gradients and the same momentum, so only this, the expensive part, is divided.
+    """
+    k, world, rank = len(stack), dist.get_world_size(), dist.get_rank()
+    share = -(-k // world)  # the last ranks may own fewer matrices; zeros fill up their share
+    mine = stack[rank * share : (rank + 1) * share]
+    out = stack.new_zeros(share, *stack.shape[1:])
+    out[: len(mine)] = newton_schulz(mine)
+    gathered = stack.new_empty(world * share, *stack.shape[1:])
+    dist.all_gather_into_tensor(gathered, out)
+    return gathered[:k]
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon with decoupled weight decay, for one process or, under torch.distributed, for any number of equal replicas.
+
+    Args:
+        groups: dicts {"role": ..., "params": [(name, tensor), ...]}, as parameter_groups() makes them. The role is
+            required because a shape does not tell a table of rows from a matrix of channels.
+        lr: units of Adam-sized steps, see muon_update.
+        weight_decay: a step multiplies the weights by 1 - lr * weight_decay; gains too, as in the official code.
+        allow_tables: accept embedding and head too (the paper's "Muon without Adam" row).
+
+    The state is one momentum tensor per parameter, on every rank: state_dict() is complete wherever it is called and
+    loads at any number of ranks. Raises ValueError, naming the parameter, for what Muon must not be given.
+    """
+
+    def __init__(self, groups, lr=5e-4, momentum=0.95, weight_decay=0.01, allow_tables=False):
+        self.allow_tables = allow_tables
+        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    def add_param_group(self, group):
+        if not isinstance(group, dict) or "role" not in group:
+            example = "{'role': 'matrix', 'params': [(name, tensor), ...]}"
+            raise ValueError(f"Muon wants groups with a role, {example}: see parameter_groups()")
+        for name, p in group["params"]:
+            if group["role"] in ("embedding", "head") and not self.allow_tables:
+                raise ValueError(
+                    f"{name} is an {group['role']} table; give it to AdamW, or pass allow_tables=True to mean it"
+                )
+            if p.ndim > 2 or (p.ndim == 2) == (group["role"] == "gain"):
+                raise ValueError(f"{name} has shape {tuple(p.shape)}; Muon takes matrices (2-D) and gains (0-D or 1-D)")
+        super().add_param_group(group)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        orthogonalize = (
+            orthogonalize_across_ranks if dist.is_initialized() and dist.get_world_size() > 1 else newton_schulz
+        )
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for params in by_shape.values():  # equal shapes are stacked: few large products instead of many small ones
+                for p in params:
+                    if not self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                momenta = [self.state[p]["momentum"] for p in params]
+                grads = torch.stack([p.grad for p in params])
+                update, momentum = muon_update(grads, torch.stack(momenta), group["momentum"], orthogonalize)
+                torch._foreach_copy_(momenta, momentum.unbind())
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, update.unbind(), alpha=-group["lr"])
+        return loss
+
+
+# Who is optimized by what. The module decides, never the shape.
+
+ROLES = {
+    "embedding": "token embedding: a table of rows, of which a batch touches a few",
+    "head": "one row per vocabulary entry",
+    "matrix": "linear maps inside the blocks",
+    "embproj": "EmbProj, the two D x D maps beside embedding and head",
+    "gain": "scales of the norms, vectors (RMSNorm) or single numbers (SSNorm)",
+}
+
+
+def parameter_groups(model: nn.Module) -> list[dict]:
+    """Groups {"role", "params": [(name, tensor), ...]} that cover every parameter of `model` exactly once.
+
+    Raises ValueError naming the first parameter that no rule covers (a bias, a convolution, ...).
+    """
+    groups = {role: [] for role in ROLES}
+    seen = set()
+    for module_name, module in model.named_modules():
+        for name, p in module.named_parameters(prefix=module_name, recurse=False):
+            last = module_name.rsplit(".", 1)[-1]
+            if isinstance(module, nn.Embedding):
+                role = "embedding"
+            elif isinstance(module, nn.Linear) and p.ndim == 2:
+                role = "head" if last == "head" else "embproj" if last.startswith("embproj") else "matrix"
+            elif name.endswith(".gain") or name == "gain":
+                role = "gain"
+            else:
+                raise ValueError(f"{name} belongs to a {type(module).__name__}: no rule says who optimizes it")
+            if p not in seen:  # tied embeddings: the embedding came first
+                groups[role].append((name, p))
+                seen.add(p)
+    return [{"role": role, "params": params} for role, params in groups.items() if params]
+
+
+def make_optimizers(
+    model, optimizer: str, lr: float, embed_lr: float, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """The optimizers of a run. `optimizer`: "adam" (AdamW for all), "muon" (AdamW, at embed_lr, for embedding and head,
+    Muon for the rest) or "muon-only". AdamW uses betas 0.9, 0.95, which the paper does not give; decay applies to all
+    parameters, as in the official code. Each group carries "peak_lr", which the schedule scales.
+    """
+    tables, rest = [], []
+    for group in parameter_groups(model):
+        (tables if group["role"] in ("embedding", "head") else rest).append(group)
+    to_adam, to_muon = {"adam": (tables + rest, []), "muon": (tables, rest), "muon-only": ([], tables + rest)}[
+        optimizer
+    ]
+    made = []
+    for group in to_adam:
+        group["lr"] = lr if optimizer == "adam" else embed_lr
+    if to_muon:
+        made.append(Muon(to_muon, lr=lr, weight_decay=weight_decay, allow_tables=optimizer == "muon-only"))
+    if to_adam:
+        fused = next(model.parameters()).is_cuda  # one kernel for all tensors
+        made.append(
+            torch.optim.AdamW(to_adam, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay, fused=fused)
+        )
+    for each in made:
+        for group in each.param_groups:
+            group["peak_lr"] = group["lr"]
+    return made
+
+
+def optimizer_table(optimizers) -> str:
+    """Lines "role / optimizer / lr / decay / tensors / parameters", one a group, to check before a run."""
+    lines = [f"{'role':<10} {'optimizer':<9} {'lr':>8} {'decay':>6} {'tensors':>7} {'parameters':>13}"]
+    for each in optimizers:
+        for group in each.param_groups:
+            n = sum(p.numel() for p in group["params"])
+            lines.append(
+                f"{group['role']:<10} {type(each).__name__:<9} {group['peak_lr']:>8.2g} {group['weight_decay']:>6.2g} "
+                f"{len(group['params']):>7} {n:>13,}"
+            )
+    return "\n".join(lines)
