@@ -1,0 +1,58 @@
+"""Runs train.py in child processes, alone or as several ranks, without paying for `import torch` each time.
+
+A fork server imports train.py once; each child is forked from it within milliseconds.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import sys
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["train"])
+
+
+def _child(argv, environment, output):
+    os.environ.update(environment)
+    with open(output, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        import torch
+
+        import train
+
+        torch.set_num_threads(1)
+        try:
+            train.main([str(a) for a in argv])
+        except SystemExit as error:
+            if isinstance(error.code, str):
+                print(error.code, file=sys.stderr)
+            raise SystemExit(1 if isinstance(error.code, str) else error.code) from None
+
+
+def start(argv, tmp_path, world=1):
+    """Start train.py with `argv` in `world` ranks. Returns the processes; rank r prints to tmp_path/rank<r>.txt."""
+    environments = [{}]
+    if world > 1:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        common = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        environments = [dict(common, RANK=str(r), LOCAL_RANK=str(r)) for r in range(world)]
+    processes = [
+        context.Process(target=_child, args=(argv, e, tmp_path / f"rank{r}.txt")) for r, e in enumerate(environments)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes, tmp_path, timeout=60):
+    """Wait for the processes; returns (exit code of rank 0, what rank 0 printed)."""
+    for process in processes:
+        process.join(timeout)
+        assert process.exitcode is not None, f"no end after {timeout} s: " + (tmp_path / "rank0.txt").read_text()
+    return processes[0].exitcode, (tmp_path / "rank0.txt").read_text()
+
+
+def run(argv, tmp_path, world=1):
+    return finish(start(argv, tmp_path, world), tmp_path)

