@@ -37,15 +37,15 @@ from muon import make_optimizers, optimizer_table
 ROOT = Path(__file__).resolve().parent
 
 # How each preset is trained unless told otherwise. Learning rates are the best of a sweep (README, "Learning rates");
-# embed_lr is AdamW's for embedding and head beside Muon. Shakespeare's runs end before the model overfits.
+# beside Muon, AdamW trains embedding and head at twice --lr. Shakespeare's runs end before the model overfits.
 TRAINING = {
-    "tiny": dict(seq_len=128, batch_size=16, steps=600, eval_windows=256, adam_lr=4e-3, muon_lr=4e-3, embed_lr=8e-3),
-    "toy": dict(seq_len=256, batch_size=64, steps=1500, eval_windows=512, adam_lr=1e-3, muon_lr=2e-3, embed_lr=6e-3),
-    "small": dict(seq_len=1024, batch_size=256, micro=16, steps=4000, eval_windows=256,
-                  adam_lr=1e-3, muon_lr=2e-3, embed_lr=6e-3),
-    # The paper's: 4M tokens a step, 100B in all, Adam at 5e-3, Muon at 5e-4 (App. A.1; it does not give embed_lr).
-    "1.4b": dict(seq_len=2048, batch_size=2048, micro=8, steps=23842, eval_windows=256,
-                 adam_lr=5e-3, muon_lr=5e-4, embed_lr=5e-3),
+    "tiny": dict(seq_len=128, batch_size=16, steps=800, eval_windows=256, adam_lr=3e-3, muon_lr=6e-3),
+    "toy": dict(seq_len=256, batch_size=64, steps=1200, eval_windows=512, adam_lr=1e-3, muon_lr=4e-3),
+    "small": dict(seq_len=1024, batch_size=256, steps=4000, eval_windows=256, adam_lr=1e-3, muon_lr=2e-3,
+                  micro=16, eval_every=200, save_every=200),
+    # The paper's: 4M tokens a step, 100B in all, Adam at 5e-3, Muon at 5e-4 (App. A.1).
+    "1.4b": dict(seq_len=2048, batch_size=2048, steps=23842, eval_windows=256, adam_lr=5e-3, muon_lr=5e-4,
+                 micro=8, eval_every=250, save_every=250),
 }
 OSP = {"optimizer": "muon", "norm": "ss", "embproj": True}  # what --osp stands for
 YES_NO = argparse.BooleanOptionalAction
@@ -98,7 +98,7 @@ def build_parser() -> Parser:
     add("--batch-size", type=int, help="sequences a step, over all ranks and micro-batches: what the optimizer sees")
     add("--micro-batch-size", type=int, help="sequences a rank computes at once; fewer need less memory, same result")
     add("--lr", type=float, help="peak learning rate (default: tuned for optimizer and preset)")
-    add("--embed-lr", type=float, help="with --optimizer muon: AdamW's peak rate for embedding and head")
+    add("--embed-lr", type=float, help="with --optimizer muon: AdamW's for embedding and head (default: twice --lr)")
     add("--weight-decay", type=float, help="a step shrinks weights by lr times this (default: 0.01, the paper's)")
     add("--warmup", type=int, help="first steps, where the rate climbs from zero (default: 5 %% of --steps)")
     add("--cooldown", type=int, help="last steps, where it falls to zero (default: 20 %% of --steps, the paper's)")
@@ -108,8 +108,8 @@ def build_parser() -> Parser:
     add = p.add_argument_group("the run").add_argument
     add("--out", help="the run's directory (default: a new one under runs/)")
     add("--resume", metavar="DIR", help="go on with a run; it keeps its options, but --steps may grow")
-    add("--eval-every", type=int, help="steps between evaluations (default: 10 in a run)")
-    add("--save-every", type=int, help="steps between checkpoints (default: --eval-every)")
+    add("--eval-every", type=int, help="steps between evaluations (default: 10 in a run; 1.4b and small: often)")
+    add("--save-every", type=int, help="steps between checkpoints (default: 4 in a run; 1.4b and small: often)")
     add("--device", choices=["cuda", "mps", "cpu"], help="default: the first of these that is there")
     add("--dtype", choices=["float32", "bfloat16"],
         help="of matrix products; weights stay float32 (default: bfloat16 on CUDA)")
@@ -159,11 +159,11 @@ def fill_in(opt):
     for name, value in defaults.items():
         if getattr(opt, name, 0) is None:
             setattr(opt, name, value)
-    follow = {"warmup": opt.steps // 20, "cooldown": opt.steps // 5, "eval_every": max(1, opt.steps // 10)}
+    follow = dict(embed_lr=2 * opt.lr, warmup=opt.steps // 20, cooldown=opt.steps // 5,
+                  eval_every=max(1, opt.steps // 10), save_every=max(1, opt.steps // 4))
     for name, value in follow.items():
         if getattr(opt, name) is None:
             setattr(opt, name, value)
-    opt.save_every = opt.eval_every if opt.save_every is None else opt.save_every
     if opt.data is None and opt.preset in ("tiny", "toy"):
         opt.data = "shakespeare"
 
@@ -363,6 +363,27 @@ def accumulate_gradients(forward, batch, micro: int, autocast, world: int):
     return total
 
 
+def optimizer_step(step, opt, batch, model, forward, autocast, optimizers, ranks, stop_received):
+    """Step 1 ... opt.steps. Returns (mean loss, gradient norm before clipping, share of ranks asked to stop).
+
+    Raises ArithmeticError before any weight changes if the loss or a gradient is not finite.
+    """
+    share = trapezoid(step, opt.steps, opt.warmup, opt.cooldown)
+    for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
+        group["lr"] = share * group["peak_lr"]
+    loss = accumulate_gradients(forward, batch, micro_batch(opt, ranks.world), autocast, ranks.world)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), opt.grad_clip or math.inf)
+    stopping = torch.tensor(float(stop_received > 0), device=ranks.device)
+    loss, norm, stopping = ranks.mean(torch.stack([loss, norm, stopping]))
+    if not math.isfinite(loss + norm):
+        raise ArithmeticError(f"loss {loss}, gradient norm {norm} in step {step}: stopped before the weights changed; "
+                              "the run's checkpoint is the last good state. Try a lower --lr")
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return loss, norm, stopping
+
+
 def train(opt, state, ranks, say) -> dict:
     """Train from `state`, or from scratch, to opt.steps. Returns the summary.
 
@@ -376,9 +397,9 @@ def train(opt, state, ranks, say) -> dict:
     if state:
         load_state(state, model, optimizers, data)
     run, stop = Run(opt, state, ranks.rank), StopSignal()
-    epoch = data.n_windows / opt.batch_size
+    tokens_per_step, epochs = opt.batch_size * opt.seq_len, opt.steps * opt.batch_size / data.n_windows
     say(optimizer_table(optimizers))
-    say(f"{opt.batch_size} x {opt.seq_len} tokens a step, {opt.steps / epoch:.2g} epochs, run directory {run.path}")
+    say(f"{opt.batch_size} x {opt.seq_len} tokens a step, {epochs:.2g} epochs, run directory {run.path}")
 
     if opt.compile:
         for block in model.blocks:  # all blocks share one compiled program: the start takes seconds, whatever n_layer
@@ -386,11 +407,10 @@ def train(opt, state, ranks, say) -> dict:
     forward = DistributedDataParallel(model) if ranks.world > 1 else model  # `model` itself is evaluated and saved
     half = torch.autocast(ranks.device.split(":")[0], dtype=torch.bfloat16)
     autocast = half if opt.dtype == "bfloat16" else nullcontext()
-    micro, tokens_per_step = micro_batch(opt, ranks.world), opt.batch_size * opt.seq_len
 
     def evaluate_and_log(step):
-        windows = TRAINING[opt.preset]["eval_windows"]
-        result = evaluate(model, val, windows, micro, autocast, ranks.rank, ranks.world)
+        windows, rows = TRAINING[opt.preset]["eval_windows"], micro_batch(opt, ranks.world)
+        result = evaluate(model, val, windows, rows, autocast, ranks.rank, ranks.world)
         run.log(step=step, tokens=step * tokens_per_step, **result)
         say(f"step {step:>6}   validation loss {result['val_loss']:.4f}   excess kurtosis {result['kurtosis']:8.3f} "
             f"(Gaussian: {result['kurtosis_floor']:.3f})")
@@ -402,28 +422,14 @@ def train(opt, state, ranks, say) -> dict:
     bar = tqdm(range(start + 1, opt.steps + 1), initial=start, total=opt.steps, disable=True if ranks.rank else None)
     times = []
     for step in bar:
-        # -------- one optimizer step
         began = time.perf_counter()
-        share = trapezoid(step, opt.steps, opt.warmup, opt.cooldown)
-        for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
-            group["lr"] = share * group["peak_lr"]
         batch = torch.from_numpy(data.batch(step - 1, opt.batch_size, ranks.rank, ranks.world)).to(ranks.device)
-        loss = accumulate_gradients(forward, batch, micro, autocast, ranks.world)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), opt.grad_clip or math.inf)  # the norm before clipping
-        stopping = torch.tensor(float(stop.received), device=ranks.device)  # if one rank stops, all do
-        loss, grad_norm, stopping = ranks.mean(torch.stack([loss, norm, stopping]))
-        if not math.isfinite(loss + grad_norm):
-            raise ArithmeticError(f"loss {loss} and gradient norm {grad_norm} in step {step}: stopped before the "
-                                  f"weights changed. {run.checkpoint} is the last good state; try a lower --lr")
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        loss, norm, stopping = optimizer_step(
+            step, opt, batch, model, forward, autocast, optimizers, ranks, stop.received)
         times.append(time.perf_counter() - began)
-        run.log(step=step, tokens=step * tokens_per_step, loss=loss, lr=share * opt.lr, grad_norm=grad_norm,
-                tokens_per_s=tokens_per_step / times[-1])
+        run.log(step=step, tokens=step * tokens_per_step, loss=loss, lr=optimizers[0].param_groups[0]["lr"],
+                grad_norm=norm, tokens_per_s=tokens_per_step / times[-1])
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-
-        # -------- evaluation and checkpoint
         if step % opt.eval_every == 0 or step == opt.steps:
             result = evaluate_and_log(step)
         if step % opt.save_every == 0 or step == opt.steps or stopping:
@@ -431,7 +437,7 @@ def train(opt, state, ranks, say) -> dict:
         if stopping and step < opt.steps:
             bar.close()
             say(f"stopped after step {step}; all is saved, go on with {resume_command(run.path, ranks.world)}")
-            sys.exit(128 + int(stop.received or signal.SIGTERM))
+            sys.exit(128 + (stop.received or signal.SIGTERM))
     timed = times[1:] or times  # the first step compiles
     return dict(result, step=opt.steps, tokens=opt.steps * tokens_per_step, loss=loss, run=str(run.path),
                 tokens_per_s=tokens_per_step * len(timed) / sum(timed),
