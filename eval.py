@@ -1,24 +1,48 @@
-"""What a model is worth and how its activations look: loss, bits per byte, excess kurtosis.
+"""What a model is worth and how its activations look. It measures anything and changes nothing.
+
+    python eval.py runs/A runs/B              loss, kurtosis, massive activations, attention sinks: one table
+    python eval.py runs/A --as-published      also the kurtosis of the paper's own script
+    python eval.py runs/A --text FILE         loss and perplexity on any text, by the WikiText-2 protocol
+    python eval.py runs/A --prompt "ROMEO:"   let it write
+    python eval.py runs/A runs/B --plot DIR   figures (needs matplotlib)
 
 Excess kurtosis (eq. 4) asks how far a token's D activations are from a Gaussian: E[((x - mean) / std)^4] - 3. It is
 about 0 for Gaussian values and about D - 3 if one channel holds everything: the outliers that 4 bits cannot afford.
-We take it over the channels of one token, centred, average over all tokens of whole sequences, and give one number per
-state of the residual stream (embedding output, output of every block). Their mean is the headline.
+We take it over the channels of one token, centred, and average over all tokens of whole sequences. The headline is the
+mean over the states of the residual stream: embedding output, output of every block.
+
+Read it top to bottom: statistics of vectors, watching the sites of a model, evaluation, sinks, sampling, targets, output.
 """
 
+import argparse
+import functools
+import json
 import math
-from contextlib import contextmanager
+import sys
+import time
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
+
+from data.tokens import Dataset, find_dataset, tokenizer
+from model import Transformer, load_checkpoint, model_from_checkpoint
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics of vectors
 
 
 def excess_kurtosis(x):
     """Excess kurtosis over the last axis: [..., D] -> [...] in fp32. A constant vector counts as 0."""
     x = x.float()
+    x = x / x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)  # fourth powers of huge numbers would overflow
     x = x - x.mean(dim=-1, keepdim=True)
     variance = x.square().mean(dim=-1)
-    return x.pow(4).mean(dim=-1) / variance.square().clamp(min=1e-30) - 3 * (variance > 1e-15)
+    return x.pow(4).mean(dim=-1) / variance.square().clamp(min=1e-24) - 3 * (variance > 1e-12)
 
 
 def gaussian_floor(dim: int) -> float:
@@ -29,58 +53,499 @@ def gaussian_floor(dim: int) -> float:
     return -6 / (dim + 1)
 
 
-@contextmanager
-def residual_kurtosis(model):
-    """While active, every forward pass of `model` appends one row [n_layer + 1] to the yielded list: excess kurtosis of
-    the embedding output and of each block's output, summed over the tokens of the pass."""
-    rows = []
+def published_kurtosis(x):
+    """The estimator of the paper's script, [..., D] -> [...]: the fourth moment is not centred, the standard deviation
+    is (and unbiased), and negative results become 0. (Official implementation: evaluate_kurtosis.py, line 38.)"""
+    x = x.float()
+    return (x.pow(4).mean(dim=-1) / x.std(dim=-1).pow(4).clamp(min=1e-30) - 3).relu()
 
-    def hook(module, inputs, output):
-        if module is model.at_embed:
-            rows.append([])
-        rows[-1].append(excess_kurtosis(output).sum())
 
-    handles = [module.register_forward_hook(hook) for module in (model.at_embed, *model.blocks)]
-    try:
-        yield rows
-    finally:
-        for handle in handles:
+@functools.lru_cache
+def published_floor(dim: int) -> float:
+    """What published_kurtosis gives for Gaussian vectors, by simulation (about 0.4 sqrt(24 / dim)): 0.042 at 2048."""
+    x = torch.randn(8192, dim, generator=torch.Generator().manual_seed(0))
+    return published_kurtosis(x).mean().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Watching a model
+
+
+def sites(model: Transformer) -> dict[str, list]:
+    """The places we look at, each a list of modules whose outputs are the activations, one per layer."""
+    blocks = model.blocks
+    return {
+        "residual stream": [model.at_embed, *blocks],  # embedding output, then every block's output
+        "attention input": [b.attn.at_input for b in blocks],  # what q, k and v read
+        "attention output": [b.attn.at_output for b in blocks],  # what o reads
+        "ffn input": [b.ffn.at_input for b in blocks],  # what gate and up read
+        "ffn hidden": [b.ffn.at_hidden for b in blocks],  # what down reads
+        "final norm": [model.norm],
+    }
+
+
+def published_states(model: Transformer) -> list:
+    """The states the paper's script averages: Hugging Face's hidden_states, where the last block's raw output is
+    missing and the output of the final norm stands in its place."""
+    return [model.at_embed, *model.blocks[:-1], model.norm]
+
+
+class Watch:
+    """While active, sums a statistic of the outputs of `modules` over all tokens that pass; keeps no activations.
+
+    Args:
+        modules: M modules whose outputs are [B, T, C].
+        statistic: [B, T, C] -> [B, T].
+        extremes: also note, per module, the largest |x| and where it was, and its ratio to the median |x| of its sequence.
+    """
+
+    def __init__(self, model, modules, statistic=excess_kurtosis, extremes=False):
+        self.model, self.modules, self.statistic, self.extremes = model, list(modules), statistic, extremes
+        self.sums = [0.0] * len(self.modules)
+        self.tokens_seen = 0
+        self.largest = [dict(value=0.0, ratio=0.0)] * len(self.modules)
+
+    def __enter__(self):
+        self.handles = [self.model.register_forward_pre_hook(self._remember_tokens)]
+        for i, module in enumerate(self.modules):
+            self.handles.append(module.register_forward_hook(functools.partial(self._add, i)))
+        self.eager = torch.compiler.set_stance("force_eager")  # compiled blocks would run past the hooks
+        self.eager.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.eager.__exit__(*error)
+        for handle in self.handles:
             handle.remove()
+
+    def _remember_tokens(self, model, inputs):
+        self.tokens = inputs[0]
+        self.tokens_seen += self.tokens.numel()
+
+    def _add(self, i, module, inputs, x):
+        self.sums[i] += self.statistic(x).sum()  # stays on the device: no waiting
+        if self.extremes:
+            a = x.abs().flatten(1).float()  # [B, T C]
+            biggest, at = a.max(dim=1)  # [B]
+            ratio = biggest / a.median(dim=1).values.clamp(min=1e-30)
+            b = int(biggest.argmax())
+            if biggest[b] > self.largest[i]["value"]:
+                position, channel = divmod(int(at[b]), x.shape[-1])
+                self.largest[i] = dict(value=biggest[b].item(), ratio=ratio[b].item(), position=position,
+                                       channel=channel, token=int(self.tokens[b, position]))
+
+    def means(self) -> torch.Tensor:
+        """Mean of the statistic over tokens, [M], on the CPU."""
+        return torch.stack([torch.as_tensor(s) for s in self.sums]).cpu() / max(self.tokens_seen, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss and activations
+
+
+class TextBlocks:
+    """A text as evaluation windows, the way WikiText-2 perplexity is measured: non-overlapping blocks of `block` tokens,
+    each scored on its block - 1 next tokens; the tail that fills no block is dropped, nothing is put in front.
+
+    Has what mean_loss needs of a Dataset. Raises ValueError if the text is shorter than one block.
+    """
+
+    def __init__(self, text: str, encoding, block: int):
+        ids = np.array(encoding.encode_ordinary(text))
+        self.n_windows = len(ids) // block
+        if not self.n_windows:
+            raise ValueError(f"the text has {len(ids):,} tokens, fewer than one block of {block:,}")
+        self.blocks = ids[: self.n_windows * block].reshape(self.n_windows, block)
+        self.meta = {"bytes_per_token": len(text.encode("utf-8")) / len(ids)}
+
+    def windows(self, index):
+        return self.blocks[index]
+
+    evaluation_windows = Dataset.evaluation_windows
 
 
 @torch.no_grad()
-def evaluate(model, dataset, n_windows: int, batch_size: int, autocast, rank: int = 0, world: int = 1) -> dict:
-    """Loss and kurtosis of `model` on at most n_windows fixed windows of `dataset`, shared among `world` ranks.
-
-    `autocast` is the context the forward pass runs in. Returns val_loss (nats per token), bits_per_byte (None where the
-    dataset does not know its bytes), kurtosis, kurtosis_floor and kurtosis_per_layer [n_layer + 1]. The result does not
-    depend on batch_size or world beyond rounding, and no random number is drawn.
-    """
-    device = next(model.parameters()).device
-    mine = dataset.evaluation_windows(n_windows)[rank::world]
-    totals = torch.zeros(2 + model.config.n_layer + 1)  # tokens, summed loss, summed kurtosis per state
+def mean_loss(model, dataset, numbers, batch_size: int, autocast, progress=False) -> torch.Tensor:
+    """Mean loss in nats per token over the windows with these numbers; 0 for none. Draws no random number."""
+    device, was_training = next(model.parameters()).device, model.training
+    total = torch.zeros((), device=device)
+    starts = range(0, len(numbers), batch_size)
     model.eval()
-    with (
-        residual_kurtosis(model) as rows,
-        autocast,
-        torch.compiler.set_stance("force_eager"),
-    ):  # compiled blocks skip hooks
-        for i in range(0, len(mine), batch_size):
-            window = torch.from_numpy(dataset.windows(mine[i : i + batch_size])).to(device)
-            loss = model(window[:, :-1], window[:, 1:])
-            tokens = window[:, 1:].numel()
-            totals += torch.stack([torch.tensor(float(tokens)), loss.cpu() * tokens, *(k.cpu() for k in rows.pop())])
-    model.train()
-    if world > 1:
-        totals = totals.to(device)
-        dist.all_reduce(totals)
-    tokens, loss, *kurtosis = totals.tolist()
-    per_layer = [k / tokens for k in kurtosis]
-    bytes_per_token = dataset.meta["bytes_per_token"]
+    for i in tqdm(starts, "evaluate", leave=False, disable=None if progress else True):
+        window = torch.from_numpy(dataset.windows(numbers[i : i + batch_size])).to(device)
+        with autocast:
+            total += model(window[:, :-1], window[:, 1:]) * len(window)
+    model.train(was_training)
+    return total / max(len(numbers), 1)
+
+
+def loss_and_kurtosis(loss: float, per_layer: list[float], config, bytes_per_token) -> dict:
+    """The keys that every evaluation shares."""
     return {
-        "val_loss": loss / tokens,
-        "bits_per_byte": loss / tokens / math.log(2) / bytes_per_token if bytes_per_token else None,
+        "val_loss": loss,
+        "bits_per_byte": loss / math.log(2) / bytes_per_token if bytes_per_token else None,
         "kurtosis": sum(per_layer) / len(per_layer),
-        "kurtosis_floor": gaussian_floor(model.config.n_embd),
+        "kurtosis_floor": gaussian_floor(config.n_embd),
         "kurtosis_per_layer": per_layer,
     }
+
+
+def evaluate(model, dataset, n_windows: int, batch_size: int, autocast, rank: int = 0, world: int = 1) -> dict:
+    """The evaluation during training: loss and kurtosis of the residual stream on n_windows fixed windows.
+
+    The windows are shared among `world` ranks. The result does not depend on batch_size or world beyond rounding.
+    """
+    numbers = dataset.evaluation_windows(n_windows)
+    mine = numbers[rank::world]
+    with Watch(model, sites(model)["residual stream"]) as watch:
+        loss = mean_loss(model, dataset, mine, batch_size, autocast)
+    totals = torch.cat([loss[None], watch.means().to(loss.device)]) * (len(mine) / len(numbers))
+    if world > 1:
+        dist.all_reduce(totals)
+    loss, *per_layer = totals.tolist()
+    return loss_and_kurtosis(loss, per_layer, model.config, dataset.meta["bytes_per_token"])
+
+
+def measure(model, dataset, batch_size: int, autocast, n_windows: int | None = None) -> dict:
+    """Everything in one pass over the whole split (or n_windows of it): what evaluate gives, and perplexity,
+    `sites` (kurtosis per layer and floor, per site) and `largest` (per state of the residual stream, see Watch).
+    """
+    config = model.config
+    width = {"ffn hidden": config.n_ffn, "attention output": config.n_head * config.head_dim}
+    with ExitStack() as stack:
+        watches = {
+            name: stack.enter_context(Watch(model, modules, extremes=name == "residual stream"))
+            for name, modules in sites(model).items()
+        }
+        numbers = np.arange(dataset.n_windows) if n_windows is None else dataset.evaluation_windows(n_windows)
+        loss = mean_loss(model, dataset, numbers, batch_size, autocast, progress=True).item()
+    stream = watches["residual stream"]
+    result = loss_and_kurtosis(loss, stream.means().tolist(), config, dataset.meta["bytes_per_token"])
+    per_site = {
+        name: dict(kurtosis=watch.means().tolist(), floor=gaussian_floor(width.get(name, config.n_embd)))
+        for name, watch in watches.items()
+    }
+    return dict(result, perplexity=math.exp(loss), tokens=stream.tokens_seen, sites=per_site, largest=stream.largest)
+
+
+@torch.no_grad()
+def kurtosis_as_published(model, dataset, autocast, n_tokens: int = 16384) -> dict:
+    """The paper's kurtosis, for comparison with its numbers: every token alone, as a sequence of length 1, so at position
+    0 and without context; published_kurtosis over published_states; its floor beside it.
+
+    (Official implementation: evaluate_kurtosis.py, line 35: `seq.unsqueeze(1)` turns 2048 tokens into 2048 sequences.)
+    """
+    n = max(1, n_tokens // dataset.windows(np.array([0])).shape[1])
+    tokens = torch.from_numpy(dataset.windows(dataset.evaluation_windows(n)).reshape(-1, 1))  # [tokens, 1]
+    device = next(model.parameters()).device
+    with Watch(model, published_states(model), published_kurtosis) as watch:
+        for part in tokens.split(1024):
+            with autocast:
+                model(part.to(device))
+    return {
+        "kurtosis_as_published": watch.means().mean().item(),
+        "kurtosis_as_published_floor": published_floor(model.config.n_embd),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention sinks
+
+
+class SinkWatch:
+    """While active, measures per layer and head how much attention goes to the first token, averaged over all later ones.
+
+    share [H] is that attention; inside [H] the mean logit q.k / sqrt(d) on the first token, outside [H] on the other
+    tokens that may be seen. `histogram` (a (layer, head) pair) also counts that head's logits, inside and outside, in
+    `bins`. Both come from Q and K as they meet, so the attention itself stays untouched.
+    """
+
+    bins = torch.linspace(-20, 20, 161)
+
+    def __init__(self, model, histogram=None):
+        self.blocks, self.histogram = model.blocks, histogram
+        self.sums = [0.0] * len(model.blocks)  # each [3, H]
+        self.counts = torch.zeros(2, len(self.bins) - 1)
+        self.passes = 0
+
+    def __enter__(self):
+        self.q, self.handles = None, []
+        for i, block in enumerate(self.blocks):
+            self.handles.append(block.attn.at_q.register_forward_hook(self._keep_q))
+            self.handles.append(block.attn.at_k.register_forward_hook(functools.partial(self._add, i)))
+        self.eager = torch.compiler.set_stance("force_eager")
+        self.eager.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.eager.__exit__(*error)
+        for handle in self.handles:
+            handle.remove()
+
+    def _keep_q(self, module, inputs, q):
+        self.q = q
+
+    def _add(self, i, module, inputs, k):
+        B, H, T, d = self.q.shape
+        k = k.repeat_interleave(H // k.shape[1], dim=1)
+        logits = self.q.float() @ k.float().mT / math.sqrt(d)  # [B, H, T, T]
+        hidden = torch.ones(T, T, dtype=torch.bool, device=k.device).triu(1)
+        attention = logits.masked_fill(hidden, -math.inf).softmax(dim=-1)
+        others = ~hidden[1:, 1:]  # token t >= 1 looking at tokens 1 ... t
+        inside, outside = logits[:, :, 1:, 0], logits[:, :, 1:, 1:][:, :, others]  # [B, H, T-1], [B, H, T(T-1)/2]
+        means = [attention[:, :, 1:, 0].mean(dim=(0, 2)), inside.mean(dim=(0, 2)), outside.mean(dim=(0, 2))]
+        self.sums[i] += B * torch.stack(means)
+        self.passes += B if i == 0 else 0
+        if self.histogram and self.histogram[0] == i:
+            for row, values in enumerate((inside, outside)):
+                self.counts[row] += torch.histc(values[:, self.histogram[1]], len(self.bins) - 1, -20, 20).cpu()
+
+    def result(self) -> dict:
+        share, inside, outside = (torch.stack(self.sums).cpu() / self.passes).unbind(dim=1)  # each [L, H]
+        return dict(share=share.tolist(), inside=inside.tolist(), outside=outside.tolist())
+
+
+@torch.no_grad()
+def attention_sinks(model, dataset, autocast, n_windows: int = 32, histogram=None) -> dict:
+    """SinkWatch over n_windows: share, inside and outside, [L][H] each; `uniform`, the share if attention were even; and,
+    if `histogram` names a (layer, head), `counts` [2, bins] of its logits."""
+    device = next(model.parameters()).device
+    windows = torch.from_numpy(dataset.windows(dataset.evaluation_windows(n_windows))).to(device)
+    with SinkWatch(model, histogram) as watch:
+        for window in windows.split(1):  # one at a time: T x T logits of all heads are large
+            with autocast:
+                model(window[:, :-1])
+    T = windows.shape[1] - 1
+    result = dict(watch.result(), uniform=sum(1 / (t + 1) for t in range(1, T)) / (T - 1))
+    return dict(result, counts=watch.counts.tolist()) if histogram else result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+@torch.no_grad()
+def generate(model, tokens, n: int, window: int, temperature=1.0, top_k=None, seed=0, use_cache=True):
+    """Yield n tokens that continue `tokens` (a list of ids, not empty).
+
+    temperature 0 takes the likeliest token (greedy). top_k draws from the k likeliest only. When `window` tokens are
+    full, the older half is forgotten, since the model has never seen longer sequences. The cache changes no result.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    context, cache, unread = tokens[-window:], model.new_cache(), None
+    for _ in range(n):
+        if len(context) >= window:
+            context, cache, unread = context[-(window // 2) :], model.new_cache(), None
+        fresh = context if unread is None or not use_cache else unread
+        logits = model(torch.tensor([fresh], device=device), cache=cache if use_cache else None)[0, -1]  # [V]
+        if temperature == 0:
+            token = int(logits.argmax())
+        else:
+            if top_k:
+                logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -math.inf
+            token = int(torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator))
+        context, unread = [*context, token], [token]
+        yield token
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Targets: anything that holds a model
+
+
+@dataclass
+class Target:
+    """A model on disk and what is known of it."""
+
+    name: str
+    path: Path
+    model: Transformer
+    encoding: object  # tiktoken.Encoding
+    seq_len: int  # the length it was trained on
+    options: dict  # how it was trained
+
+    def label(self) -> str:
+        """What is on, in words: "Adam", "Muon + SSNorm", "OSP"."""
+        return configuration_label(self.options)
+
+    def dataset(self) -> Dataset:
+        """The validation split of the data it was trained on."""
+        return Dataset(find_dataset(self.options["data"]), "val", self.seq_len)
+
+
+def configuration_label(options: dict) -> str:
+    parts = [{"adam": "Adam", "muon": "Muon", "muon-only": "Muon-only"}[options["optimizer"]]]
+    parts += ["SSNorm"] * (options["norm"] == "ss") + ["EmbProj"] * bool(options["embproj"])
+    return "OSP" if parts == ["Muon", "SSNorm", "EmbProj"] else " + ".join(parts)
+
+
+def load_target(path: str, device: str) -> Target:
+    """The model at `path`, a run directory or a checkpoint. Raises FileNotFoundError and ValueError as load_checkpoint."""
+    state, path = load_checkpoint(path), Path(path)
+    options = state["options"]
+    name = path.resolve().name if path.is_dir() else path.stem
+    model = model_from_checkpoint(state, device).eval()
+    return Target(name, path, model, tokenizer(state["data"]["tokenizer"]), options["seq_len"], options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Output
+
+
+SUMMARY = """{name} ({label})
+  validation loss    {val_loss:.4f} nats per token, perplexity {perplexity:.3f}{bits}
+  excess kurtosis    {kurtosis:.3f} (Gaussian {kurtosis_floor:.3f}), mean over the residual stream{published}
+  largest |x|        {value:.1f} = {ratio:.0f} x the median: {where}, channel {channel}, at position {position} ({token!r})
+  attention sinks    {n_sinks} of {n_heads} heads give the first token over 30 % (even attention: {uniform:.1%}); the most
+                     {share:.0%} in layer {layer}, head {head}: mean logit {inside:.2f} there, {outside:.2f} elsewhere"""
+
+
+def strongest_sink(sinks: dict) -> tuple[int, int]:
+    """(layer, head) of the largest share."""
+    flat = [(share, i, j) for i, heads in enumerate(sinks["share"]) for j, share in enumerate(heads)]
+    return max(flat)[1:]
+
+
+def strongest_state(largest: list[dict]) -> int:
+    """Which state of the residual stream has the activation that stands out most."""
+    return max(range(len(largest)), key=lambda i: largest[i]["ratio"])
+
+
+def describe(target: Target, r: dict) -> str:
+    """A measurement in words and one table: kurtosis per layer and site."""
+    state = strongest_state(r["largest"])
+    top, sinks = r["largest"][state], r["sinks"]
+    layer, head = strongest_sink(sinks)
+    shares = [share for heads in sinks["share"] for share in heads]
+    published = r.get("kurtosis_as_published")
+    lines = [SUMMARY.format(
+        name=target.name, label=target.label(), **{k: r[k] for k in ("val_loss", "perplexity", "kurtosis", "kurtosis_floor")},
+        bits=f", {r['bits_per_byte']:.4f} bits per byte" if r["bits_per_byte"] else "",
+        published="" if published is None else f"\n  as published       {published:.3f} (Gaussian "
+        f"{r['kurtosis_as_published_floor']:.3f}): single tokens without context, uncentred, negatives cut",
+        where="embedding output" if state == 0 else f"block {state} output", value=top["value"], ratio=top["ratio"],
+        channel=top["channel"], position=top["position"], token=target.encoding.decode([top["token"]]),
+        n_sinks=sum(share > 0.3 for share in shares), n_heads=len(shares), uniform=sinks["uniform"],
+        share=sinks["share"][layer][head], layer=layer + 1, head=head + 1,
+        inside=sinks["inside"][layer][head], outside=sinks["outside"][layer][head])]
+    lines.append("  kurtosis by site " + "".join(f"{'layer ' + str(i + 1):>10}" for i in range(len(r["kurtosis_per_layer"]) - 1)) + "   Gaussian")
+    for name, site in r["sites"].items():
+        values = site["kurtosis"][1:] if name == "residual stream" else site["kurtosis"]
+        cells = "".join(f"{v:>10.2f}" for v in values)
+        if name == "final norm":
+            cells = f"{values[0]:>{10 * (len(r['kurtosis_per_layer']) - 1)}.2f}"
+        lines.append(f"  {name:<17}{cells}{site['floor']:>11.3f}")
+    return "\n".join(lines)
+
+
+def comparison(rows: list[dict]) -> str:
+    """One line a target."""
+    published = "kurtosis_as_published" in rows[0]
+    head = f"{'target':<34}{'loss':>8}{'ppl':>9}{'bits/B':>8}{'kurtosis':>10}{'Gauss':>8}"
+    head += f"{'as publ.':>10}{'Gauss':>7}" * published + f"{'max |x|':>9}{'/median':>8}{'sinks':>7}"
+    lines = [head]
+    for r in rows:
+        top = r["largest"][strongest_state(r["largest"])]
+        bits = f"{r['bits_per_byte']:.4f}" if r["bits_per_byte"] else "-"
+        line = f"{r['target']:<34}{r['val_loss']:>8.4f}{r['perplexity']:>9.3f}{bits:>8}{r['kurtosis']:>10.3f}{r['kurtosis_floor']:>8.3f}"
+        if published:
+            line += f"{r['kurtosis_as_published']:>10.3f}{r['kurtosis_as_published_floor']:>7.3f}"
+        n_sinks = sum(share > 0.3 for heads in r["sinks"]["share"] for share in heads)
+        lines.append(line + f"{top['value']:>9.1f}{top['ratio']:>8.0f}{n_sinks:>7}")
+    return "\n".join(lines)
+
+
+def measure_target(target: Target, dataset, batch_size: int, autocast, as_published: bool) -> dict:
+    """All of the above for one target."""
+    began = time.perf_counter()
+    result = measure(target.model, dataset, batch_size, autocast)
+    result["tokens_per_s"] = result["tokens"] / (time.perf_counter() - began)
+    if as_published:
+        result |= kurtosis_as_published(target.model, dataset, autocast)
+    return dict(target=target.name, label=target.label(), **result, sinks=attention_sinks(target.model, dataset, autocast))
+
+
+def write(target: Target, args) -> str:
+    """Continue args.prompt; prints as it goes unless --json."""
+    prompt = target.encoding.encode_ordinary(args.prompt)
+    if not prompt:
+        raise ValueError("--prompt is empty")
+    drawn, shown = [], ""
+    for token in generate(target.model, prompt, args.tokens, target.seq_len, args.temperature, args.top_k, args.seed):
+        drawn.append(token)
+        text = target.encoding.decode([*prompt, *drawn])
+        if not args.json and not text.endswith("\ufffd"):  # half of a character: wait for the rest
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    if not args.json:
+        print()
+    return target.encoding.decode([*prompt, *drawn])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    layout = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+    p.add_argument("targets", nargs="+", metavar="TARGET", help="a run directory or a checkpoint file")
+    add = p.add_argument_group("measuring").add_argument
+    add("--text", type=Path, metavar="FILE", help="measure on this text instead of the run's validation split")
+    add("--seq-len", type=int, help="with --text: tokens a block (default: the length the model was trained on)")
+    add("--as-published", action="store_true", help="also the kurtosis of the paper's script (tokens without context)")
+    add("--batch-size", type=int, help="sequences at once; changes speed and memory, not results")
+    add("--plot", type=Path, metavar="DIR", help="write figures there (pip install -r requirements-extra.txt)")
+    add = p.add_argument_group("writing").add_argument
+    add("--prompt", help="let the model continue this text instead of measuring it")
+    add("--tokens", type=int, default=400, help="how many tokens to write (default: 400)")
+    add("--temperature", type=float, default=0.8, help="0 is greedy, 1 samples as trained (default: 0.8)")
+    add("--top-k", type=int, help="draw from the k likeliest tokens only")
+    add("--seed", type=int, default=0, help="of the drawing")
+    add = p.add_argument_group("the machine").add_argument
+    add("--device", choices=["cuda", "mps", "cpu"], help="default: the first of these that is there")
+    add("--dtype", choices=["float32", "bfloat16"], help="of matrix products (default: bfloat16 on CUDA)")
+    add("--json", action="store_true", help="one JSON list on stdout, everything else on stderr")
+    return p
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    args.device = args.device or next(device for device in there if there[device])
+    if not there[args.device]:
+        parser.error(f"--device {args.device}: torch sees no {args.device.upper()} device here; use --device cpu")
+    for name, low in (("tokens", 1), ("temperature", 0), ("top_k", 1), ("batch_size", 1), ("seq_len", 2)):
+        value = getattr(args, name)
+        if value is not None and not value >= low:
+            parser.error(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
+    half = (args.dtype or ("bfloat16" if args.device == "cuda" else "float32")) == "bfloat16"
+    autocast = torch.autocast(args.device, dtype=torch.bfloat16) if half else nullcontext()
+    try:
+        plot = None
+        if args.plot:
+            import plot  # fails before the work, not after it
+        text = args.text.read_text(encoding="utf-8") if args.text else None
+        rows, pictures = [], []
+        for path in args.targets:
+            target = load_target(path, args.device)
+            if args.prompt is not None:
+                with autocast:
+                    rows.append(dict(target=target.name, text=write(target, args)))
+                continue
+            block = args.seq_len or target.seq_len
+            dataset = target.dataset() if text is None else TextBlocks(text, target.encoding, block)
+            rows.append(measure_target(target, dataset, args.batch_size or max(1, 4096 // block), autocast, args.as_published))
+            print(describe(target, rows[-1]), end="\n\n", file=sys.stderr if args.json else sys.stdout, flush=True)
+            if plot:
+                pictures.append(plot.Picture.of(target, rows[-1], dataset, autocast))
+        if plot and pictures:
+            for path in plot.draw_all(pictures, args.plot):
+                print(f"wrote {path}", file=sys.stderr)
+        if args.json:
+            print(json.dumps(rows))
+        elif len(rows) > 1 and args.prompt is None:
+            print(comparison(rows))
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

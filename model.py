@@ -68,10 +68,11 @@ class EmbProj(nn.Linear):
         super().__init__(dim, dim, bias=False)
 
 
-def rope_tables(n_tokens: int, head_dim: int, theta: float, device):
-    """cos and sin of the angles position * theta^(-2i/d), each [T, d/2] in fp32."""
+def rope_tables(n_tokens: int, head_dim: int, theta: float, device, first: int = 0):
+    """cos and sin of the angles position * theta^(-2i/d), each [T, d/2] in fp32, for positions first, first + 1, ..."""
     inverse_wavelength = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angles = torch.outer(torch.arange(n_tokens, device=device, dtype=torch.float32), inverse_wavelength)
+    positions = torch.arange(first, first + n_tokens, device=device, dtype=torch.float32)
+    angles = torch.outer(positions, inverse_wavelength)
     return angles.cos(), angles.sin()
 
 
@@ -93,16 +94,19 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
         self.at_input, self.at_q, self.at_k, self.at_v, self.at_output = (Point() for _ in range(5))
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, cos, sin, cache=None):
         B, T, _ = x.shape
         x = self.at_input(x)
         q = self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # [B, H, T, d]
         k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # [B, H_kv, T, d]
         v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # [B, H_kv, T, d]
         q, k, v = self.at_q(apply_rope(q, cos, sin)), self.at_k(apply_rope(k, cos, sin)), self.at_v(v)
+        if cache is not None:  # generating: a list that holds the K and V of all tokens before these, or nothing yet
+            k, v = (torch.cat([old, new], dim=2) for old, new in zip(cache or (k[:, :, :0], v[:, :, :0]), (k, v)))
+            cache[:] = k, v
         if self.n_kv_head < self.n_head:
             k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))  # [B, H, T, d]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # a single new token may see all before it
         y = y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim)
         return self.o_proj(self.at_output(y))
 
@@ -131,8 +135,8 @@ class Block(nn.Module):
         self.attn_norm, self.attn = Norm(config.n_embd, config.norm_eps), Attention(config)
         self.ffn_norm, self.ffn = Norm(config.n_embd, config.norm_eps), FFN(config)
 
-    def forward(self, x, cos, sin):
-        x = x + self.attn(self.attn_norm(x), cos, sin)
+    def forward(self, x, cos, sin, cache=None):
+        x = x + self.attn(self.attn_norm(x), cos, sin, cache)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -212,14 +216,23 @@ class Transformer(nn.Module):
                 writes_to_stream = name.endswith(("o_proj", "down_proj"))
                 nn.init.normal_(module.weight, std=0.02 / (2 * self.config.n_layer) ** (0.5 if writes_to_stream else 0))
 
-    def forward(self, tokens, targets=None):
-        """Logits [B, T, V] in fp32 or, if `targets` [B, T] are given, only the mean cross-entropy in nats per token."""
-        cos, sin = rope_tables(tokens.shape[1], self.config.head_dim, self.config.rope_theta, tokens.device)
+    def forward(self, tokens, targets=None, cache=None):
+        """Logits [B, T, V] in fp32 or, if `targets` [B, T] are given, only the mean cross-entropy in nats per token.
+
+        `cache`, from new_cache(), makes generation cheap: pass a whole prompt first, then one new token at a time.
+        """
+        past = cache[0][0].shape[2] if cache and cache[0] else 0  # tokens seen before
+        config = self.config
+        cos, sin = rope_tables(tokens.shape[1], config.head_dim, config.rope_theta, tokens.device, first=past)
         x = self.at_embed(self.embproj_in(self.embed(tokens)))  # [B, T, D]
-        for block in self.blocks:
-            x = block(x, cos, sin)
+        for i, block in enumerate(self.blocks):
+            x = block(x, cos, sin, cache[i] if cache else None)
         logits = self.head(self.at_head(self.embproj_out(self.norm(x)))).float()  # [B, T, V]
         return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def new_cache(self) -> list[list]:
+        """An empty KV cache: one list a block, which the block fills."""
+        return [[] for _ in self.blocks]
 
     @torch.no_grad()
     def fold(self) -> "Transformer":
@@ -258,9 +271,10 @@ def save_checkpoint(state: dict, path: Path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports some failed writes as RuntimeError
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"could not write {path}: {str(error).splitlines()[0]}") from error
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch hides it in there
+        raise OSError(f"could not write {path}: {str(cause).splitlines()[0]}") from error
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -284,13 +298,14 @@ def load_checkpoint(path: Path) -> dict:
         if "Weights only load failed" in reason:
             reason = "it holds objects that would run code when loaded, not only tensors and numbers"
         raise ValueError(f"{path} is not a usable checkpoint: {reason}") from error
-    if not isinstance(state, dict) or not {"step", "config", "model", "optimizers", "options", "data"} <= state.keys():
+    kinds = {"step": int, "config": dict, "model": dict, "optimizers": list, "options": dict, "data": dict}
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
         raise ValueError(f"{path} is a torch file, but not a checkpoint of train.py")
     return state
 
 
 def model_from_checkpoint(state: dict, device="cpu") -> Transformer:
-    """The model of a checkpoint, in the precision it was saved in."""
+    """The model of a checkpoint, in fp32."""
     unknown = set(state["config"]) - {field.name for field in fields(Config)}
     if unknown:
         raise ValueError(f"the checkpoint's config has unknown entries {sorted(unknown)}: made by a newer version?")

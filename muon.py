@@ -11,9 +11,9 @@ Glossary: name here, symbol in the paper or its code, meaning
 Official implementation: dmis-lab/Outlier-Safe-Pre-Training, optimization.py. Same rule; we stack matrices differently.
 
 Two limits worth knowing. The step has a fixed size: the learning rate alone says how far the weights move, however
-small the gradient. And it only makes sense for matrices that map one set of channels to another. An embedding is a
-table of rows, most of them untouched by a batch; it and the head stay with AdamW (the paper's default; "muon-only" is
-its dagger row).
+small the gradient (below about 1e-8 it fades out). And it only makes sense for matrices that map one set of channels to
+another. An embedding is a table of rows, most of them untouched by a batch; it and the head stay with AdamW (the
+paper's default; "muon-only" is its dagger row).
 """
 
 import math

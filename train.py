@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -34,13 +35,18 @@ from eval import evaluate
 from model import PRESETS, Config, Transformer, load_checkpoint, save_checkpoint
 from muon import make_optimizers, optimizer_table
 
+try:
+    import fcntl  # not on Windows
+except ImportError:
+    fcntl = None
+
 ROOT = Path(__file__).resolve().parent
 
 # How each preset is trained unless told otherwise. Learning rates are the best of a sweep (README, "Learning rates");
 # beside Muon, AdamW trains embedding and head at twice --lr. Shakespeare's runs end before the model overfits.
 TRAINING = {
     "tiny": dict(seq_len=128, batch_size=16, steps=800, eval_windows=256, adam_lr=3e-3, muon_lr=6e-3),
-    "toy": dict(seq_len=256, batch_size=64, steps=1200, eval_windows=512, adam_lr=1e-3, muon_lr=4e-3),
+    "toy": dict(seq_len=256, batch_size=64, steps=1000, eval_windows=512, adam_lr=5e-4, muon_lr=4e-3),
     "small": dict(seq_len=1024, batch_size=256, steps=4000, eval_windows=256, adam_lr=1e-3, muon_lr=2e-3,
                   micro=16, eval_every=200, save_every=200),
     # The paper's: 4M tokens a step, 100B in all, Adam at 5e-3, Muon at 5e-4 (App. A.1).
@@ -49,8 +55,17 @@ TRAINING = {
 }
 OSP = {"optimizer": "muon", "norm": "ss", "embproj": True}  # what --osp stands for
 YES_NO = argparse.BooleanOptionalAction
-MACHINE = {"device", "compile", "json", "resume", "dry_run", "osp", "out"}  # what belongs to a launch, not to the run
-MAY_CHANGE = MACHINE | {"steps", "cooldown", "micro_batch_size", "eval_every", "save_every", "data"}  # on --resume
+LAUNCH = {"json", "resume", "dry_run", "osp", "out"}  # options of a launch, which the run does not remember
+# Options that may change on --resume:
+MAY_CHANGE = {"steps", "cooldown", "micro_batch_size", "eval_every", "save_every", "data", "device", "compile"}
+
+
+LAST_GOOD = "the run's checkpoint is the last good state. Try a lower --lr"
+
+
+def first() -> bool:
+    """Of torchrun's processes, is this the one that talks?"""
+    return os.environ.get("RANK", "0") == "0"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,6 +85,11 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
             self.error(f"unknown option {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
         return args
+
+    def error(self, message):
+        if first():
+            super().error(message)
+        sys.exit(2)
 
 
 def build_parser() -> Parser:
@@ -123,10 +143,9 @@ def read_options(argv=None):
     """(options, checkpoint to resume from or None). Bad options end the program: one line, exit code 2."""
     parser = build_parser()
     opt = parser.parse(sys.argv[1:] if argv is None else argv)
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    opt.device = opt.device or next(device for device in there if there[device])
-    if not there[opt.device]:
-        parser.error(f"--device {opt.device}: torch sees no {opt.device.upper()} device here; use --device cpu")
+    for name in ("out", "data", "resume"):
+        if getattr(opt, name) == "":
+            parser.error(f"--{name} is empty")
     if opt.osp:
         for name, value in OSP.items():
             if getattr(opt, name) not in (None, value):
@@ -134,6 +153,8 @@ def read_options(argv=None):
             setattr(opt, name, value)
     state = None
     if opt.resume:
+        if opt.out:
+            parser.error("--resume goes on in the run's own directory; leave out --out")
         state = load_checkpoint(opt.resume)
         opt.out = Path(opt.resume).parent if Path(opt.resume).is_file() else Path(opt.resume)
         for name, saved in state["options"].items():
@@ -141,6 +162,10 @@ def read_options(argv=None):
             if given not in (None, saved) and name not in MAY_CHANGE:
                 parser.error(f"--{name.replace('_', '-')} {given}: {opt.resume} was started with {saved} and keeps it")
             setattr(opt, name, saved if given is None else given)
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    opt.device = opt.device or next(device for device in there if there[device])
+    if not there[opt.device]:
+        parser.error(f"--device {opt.device}: torch sees no {opt.device.upper()} device here; use --device cpu")
     fill_in(opt)
     check(opt, parser.error)
     if state and state["step"] >= opt.steps:
@@ -166,16 +191,23 @@ def fill_in(opt):
             setattr(opt, name, value)
     if opt.data is None and opt.preset in ("tiny", "toy"):
         opt.data = "shakespeare"
+    elif opt.data is not None and Path(opt.data).exists():
+        opt.data = str(Path(opt.data).resolve())  # so that --resume finds it from anywhere
 
 
 def check(opt, error):
     """Call error(message) for the first number that cannot work."""
-    for name in ("steps", "batch_size", "micro_batch_size", "seq_len", "lr", "embed_lr", "eval_every", "save_every"):
-        if getattr(opt, name) is not None and not getattr(opt, name) > 0:
-            error(f"--{name.replace('_', '-')} must be above 0, not {getattr(opt, name)}")
-    for name in ("warmup", "cooldown", "weight_decay", "grad_clip", "seed"):
-        if getattr(opt, name) < 0:
-            error(f"--{name.replace('_', '-')} cannot be negative: {getattr(opt, name)}")
+    may_be_zero = {"warmup", "cooldown", "weight_decay", "grad_clip", "seed"}
+    for name, value in vars(opt).items():
+        if type(value) in (int, float):
+            enough = value >= 0 if name in may_be_zero else value > 0  # false for nan
+            if not enough or value >= (2**31 if isinstance(value, int) else math.inf):
+                error(f"--{name.replace('_', '-')} {value} is out of range")
+    shape = {n: getattr(opt, n) for n in ("n_layer", "n_head", "n_embd", "vocab_size") if getattr(opt, n)}
+    try:
+        Config(**PRESETS[opt.preset] | shape)
+    except ValueError as impossible:
+        error(str(impossible))
     if opt.warmup + opt.cooldown > opt.steps:
         error(f"--warmup {opt.warmup} and --cooldown {opt.cooldown} do not fit into --steps {opt.steps}")
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -191,7 +223,7 @@ def check(opt, error):
 def micro_batch(opt, world: int) -> int:
     """Sequences that one rank computes at once: as asked, or the preset's, or all of the rank's share."""
     share = opt.batch_size // world
-    return opt.micro_batch_size or min(TRAINING[opt.preset].get("micro", share), share)
+    return opt.micro_batch_size or math.gcd(share, TRAINING[opt.preset].get("micro", share))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,45 +287,64 @@ def model_config(opt, vocab_size: int) -> Config:
 
 
 class Run:
-    """The run's directory. Only rank 0 writes. After a resume the log ends where the checkpoint does."""
+    """The run's directory. Only rank 0 writes."""
 
-    def __init__(self, opt, state, rank: int):
-        self.path, self.rank = Path(opt.out) if opt.out else self.new_path(opt), rank
-        self.checkpoint = self.path / "ckpt.pt"
-        self.options = {k: v for k, v in vars(opt).items() if k not in MACHINE}
+    def __init__(self, opt, rank: int):
+        self.rank, self.options = rank, {k: v for k, v in vars(opt).items() if k not in LAUNCH}
+        self.path = Path(opt.out or "")
         if rank:
             return
-        if not state and self.checkpoint.exists():
-            raise FileExistsError(f"{self.path} holds a run: continue it with --resume {self.path}, or change --out")
+        self.path = Path(opt.out) if opt.out else self.new_directory(opt)
         self.path.mkdir(parents=True, exist_ok=True)
-        log, kept = self.path / "log.jsonl", []
-        if state and log.exists():  # steps after the checkpoint are about to be done, and logged, again
-            lines = log.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= state["step"]]
-        self._write("log.jsonl", "".join(kept))
-        self._write("config.json", json.dumps(self.options, indent=2) + "\n")
-        self.log_file = open(log, "a")
+        taken = [name for name in ("ckpt.pt", "log.jsonl", "config.json") if (self.path / name).exists()]
+        if taken and not opt.resume:
+            raise FileExistsError(f"{self.path} holds {', '.join(taken)}: to go on with a run, --resume {self.path}; "
+                                  "for a new one, another --out")
 
     @staticmethod
-    def new_path(opt) -> Path:
+    def new_directory(opt) -> Path:
         """runs/<data>-<preset>-<what is on>, with a number behind it if that is taken."""
         parts = [opt.optimizer, *(["ss"] if opt.norm == "ss" else []), *(["embproj"] if opt.embproj else [])]
         name = "-".join([Path(opt.data).name, opt.preset, *(["osp"] if is_osp(opt) else parts)])
-        names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
-        return next(ROOT / "runs" / n for n in names if not (ROOT / "runs" / n / "ckpt.pt").exists())
+        for suffix in itertools.chain([""], (f"-{i}" for i in itertools.count(2))):
+            try:
+                (ROOT / "runs" / (name + suffix)).mkdir(parents=True)
+                return ROOT / "runs" / (name + suffix)
+            except FileExistsError:  # another run's, perhaps made a moment ago
+                continue
 
-    def _write(self, name, text):
-        temporary = self.path / f"{name}.tmp"
-        temporary.write_text(text)
-        os.replace(temporary, self.path / name)
+    def open_log(self, start: int):
+        """Claim the log for this process, and cut off what was logged after step `start`: it will be done again."""
+        if self.rank:
+            return
+        self.log_file = open(self.path / "log.jsonl", "a+b")
+        if fcntl:
+            try:
+                fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise OSError(f"{self.path} is in use by another process") from error
+        self.log_file.seek(0)
+        end = kept = 0
+        for line in self.log_file:
+            end += len(line)
+            try:
+                kept = end if json.loads(line)["step"] <= start > 0 else kept
+            except (ValueError, TypeError, KeyError):  # a line torn by a crash
+                pass
+        self.log_file.truncate(kept)
+        temporary = self.path / "config.json.tmp"
+        temporary.write_text(json.dumps(self.options, indent=2) + "\n")
+        os.replace(temporary, self.path / "config.json")
 
     def log(self, **record):
         if self.rank == 0:
-            self.log_file.write(json.dumps(record) + "\n")
+            self.log_file.write(json.dumps(record).encode() + b"\n")
             self.log_file.flush()
 
     def save(self, step, model, optimizers, dataset):
         """Write the checkpoint. Weights and optimizer state are equal on all ranks, so rank 0's are everybody's."""
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise ArithmeticError(f"step {step} made weights that are not finite; {LAST_GOOD}")
         state = {
             "step": step,
             "config": asdict(model.config),
@@ -303,7 +354,7 @@ class Run:
             "data": dataset.meta,
         }
         if self.rank == 0:
-            save_checkpoint(state, self.checkpoint)
+            save_checkpoint(state, self.path / "ckpt.pt")
 
 
 def is_osp(opt) -> bool:
@@ -318,7 +369,7 @@ def load_state(state, model, optimizers, dataset):
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the checkpoint does not fit this model: {str(error).splitlines()[-1].strip()}") from error
 
 
@@ -376,8 +427,7 @@ def optimizer_step(step, opt, batch, model, forward, autocast, optimizers, ranks
     stopping = torch.tensor(float(stop_received > 0), device=ranks.device)
     loss, norm, stopping = ranks.mean(torch.stack([loss, norm, stopping]))
     if not math.isfinite(loss + norm):
-        raise ArithmeticError(f"loss {loss}, gradient norm {norm} in step {step}: stopped before the weights changed; "
-                              "the run's checkpoint is the last good state. Try a lower --lr")
+        raise ArithmeticError(f"loss {loss}, gradient norm {norm} in step {step}: stopped before the step; {LAST_GOOD}")
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -396,7 +446,7 @@ def train(opt, state, ranks, say) -> dict:
     start = state["step"] if state else 0
     if state:
         load_state(state, model, optimizers, data)
-    run, stop = Run(opt, state, ranks.rank), StopSignal()
+    run, stop = Run(opt, ranks.rank), StopSignal()
     tokens_per_step, epochs = opt.batch_size * opt.seq_len, opt.steps * opt.batch_size / data.n_windows
     say(optimizer_table(optimizers))
     say(f"{opt.batch_size} x {opt.seq_len} tokens a step, {epochs:.2g} epochs, run directory {run.path}")
@@ -411,14 +461,18 @@ def train(opt, state, ranks, say) -> dict:
     def evaluate_and_log(step):
         windows, rows = TRAINING[opt.preset]["eval_windows"], micro_batch(opt, ranks.world)
         result = evaluate(model, val, windows, rows, autocast, ranks.rank, ranks.world)
+        if not math.isfinite(result["val_loss"]):
+            raise ArithmeticError(f"validation loss {result['val_loss']} after step {step}; {LAST_GOOD}")
         run.log(step=step, tokens=step * tokens_per_step, **result)
         say(f"step {step:>6}   validation loss {result['val_loss']:.4f}   excess kurtosis {result['kurtosis']:8.3f} "
             f"(Gaussian: {result['kurtosis_floor']:.3f})")
         return result
 
     if not state:
-        evaluate_and_log(0)
         run.save(0, model, optimizers, data)  # a full disk or a wrong path shows now, not after an hour
+    run.open_log(start)
+    if start == 0:
+        evaluate_and_log(0)
     bar = tqdm(range(start + 1, opt.steps + 1), initial=start, total=opt.steps, disable=True if ranks.rank else None)
     times = []
     for step in bar:
@@ -452,18 +506,22 @@ def resume_command(path: Path, world: int) -> str:
 def dry_run(opt):
     """Build everything on the meta device, which has shapes but no memory, and describe it."""
     directory = find_dataset(opt.data) if opt.data else None
+    if directory and not directory.is_dir() and opt.data != "shakespeare":
+        raise FileNotFoundError(f"--data {opt.data}: no such dataset")
     vocab_size = read_meta(directory)["vocab_size"] if directory and directory.is_dir() else 256
     with torch.device("meta"):
         model = Transformer(model_config(opt, vocab_size))
         optimizers = make_optimizers(model, opt.optimizer, opt.lr, opt.embed_lr, opt.weight_decay)
-    n = sum(p.numel() for p in model.parameters())
+    n, tokens, gib = sum(p.numel() for p in model.parameters()), opt.batch_size * opt.seq_len, 4 / 2**30
     adamw = [o for o in optimizers if isinstance(o, torch.optim.AdamW)]
-    adam = sum(p.numel() for optimizer in adamw for group in optimizer.param_groups for p in group["params"])
-    gib, tokens = 4 / 2**30, opt.batch_size * opt.seq_len
+    state = n + sum(p.numel() for optimizer in adamw for group in optimizer.param_groups for p in group["params"])
+    if opt.json:
+        print(json.dumps(dict(parameters=n, optimizer_state=state, tokens_per_step=tokens, tokens=tokens * opt.steps)))
+        return
     print(f"""{model.config}
 {optimizer_table(optimizers)}
 parameters  {n:,}
-memory      {n * gib:.2f} GiB weights, {n * gib:.2f} GiB gradients, {(n + adam) * gib:.2f} GiB optimizer state
+memory      {n * gib:.2f} GiB weights, {n * gib:.2f} GiB gradients, {state * gib:.2f} GiB optimizer state
             (fp32; AdamW keeps two numbers a parameter, Muon one), and the activations on top
 tokens      {tokens:,} a step, {tokens * opt.steps:,} in {opt.steps:,} steps""")
 
@@ -482,24 +540,32 @@ to compare         python {shlex.quote(sys.argv[0])}{other}"""
 
 def main(argv=None):
     began = time.perf_counter()
-    first = os.environ.get("RANK", "0") == "0"
     try:
         opt, state = read_options(argv)
         if opt.dry_run:
-            return dry_run(opt)
+            return dry_run(opt) if first() else None
 
         def say(text):
-            if first:
+            if first():
                 tqdm.write(text, file=sys.stderr if opt.json else sys.stdout)
 
         say(f"preset {opt.preset} on {opt.device} in {opt.dtype}: optimizer {opt.optimizer}, norm {opt.norm}, "
             f"embproj {'on' if opt.embproj else 'off'}, {opt.steps} steps (--preset, --steps, ... change that)")
         summary = train(opt, state, Ranks.start(opt.device), say)
         summary["wall_s"] = time.perf_counter() - began
-        if first:
+        if first():
             print(json.dumps(summary) if opt.json else summarize(opt, summary))
     except (ValueError, OSError, ArithmeticError) as error:
-        sys.exit(f"error: {error}" if first else 1)
+        sys.exit(f"error: {error}" if first() else f"error on rank {os.environ['RANK']}: {error}")
+    except (RuntimeError, MemoryError) as error:
+        first_line = str(error).splitlines()[0]
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search("allocate|overflow", first_line):
+            sys.exit(f"error: not enough memory ({first_line}); use a smaller --micro-batch-size, model or --seq-len")
+        if dist.is_initialized() and re.search("(?i)gloo|nccl|connection", first_line):
+            sys.exit("error: another rank stopped" if first() else 1)
+        raise
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if dist.is_initialized():

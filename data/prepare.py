@@ -4,8 +4,8 @@
     python data/prepare.py --text FILE                          any text file, as bytes    -> data/<name of the file>
     python data/prepare.py --text FILE --tokenizer r50k_base    in GPT-2's tokens
 
-Documents in a text file are separated by lines that read <|endoftext|>. Every 20th document becomes validation text; a
-file that is one document is cut after 95 % of it, at a line break. The plays are split by whole plays.
+Documents in a text file are separated by lines that read <|endoftext|>. Every 20th document becomes validation text,
+of fewer than 20 the last one; a single document is cut after 95 % of it, at a line break. The plays are split by plays.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -73,7 +74,9 @@ def split_text(text: str) -> tuple[list[str], list[str]]:
         raise ValueError("the text is empty")
     if len(documents) >= 20:
         return [d for i, d in enumerate(documents) if i % 20 != 19], documents[19::20]
-    whole = "\n\n".join(documents)
+    if len(documents) > 1:
+        return documents[:-1], documents[-1:]
+    whole = documents[0]
     cut = whole.rfind("\n", int(0.90 * len(whole)), int(0.95 * len(whole)))
     cut = cut if cut > 0 else int(0.95 * len(whole))  # no line break there
     return [whole[:cut].strip()], [whole[cut:].strip()]
@@ -81,8 +84,7 @@ def split_text(text: str) -> tuple[list[str], list[str]]:
 
 def encode(documents: list[str], encoding, split: str) -> np.ndarray:
     """All documents as one uint16 array, each after a separator token."""
-    parts = []
-    chunk = 256  # documents at a time, so that tiktoken's threads have work and Python's lists of ints stay short
+    parts, chunk = [], 256  # documents at a time: tiktoken's threads have work, Python's lists of ints stay short
     for i in tqdm(range(0, len(documents), chunk), desc=f"tokenize {split}", disable=None, leave=False):
         for ids in encoding.encode_ordinary_batch(documents[i : i + chunk]):
             parts.append(np.array([separator(encoding), *ids], dtype=np.uint16))
@@ -102,7 +104,7 @@ def prepare(out: Path, tokenizer_name: str, text: Path | None = None):
     else:
         raw = Path(text).read_bytes()
         try:
-            train, val = split_text(raw.decode("utf-8"))
+            train, val = split_text(raw.decode("utf-8-sig"))  # some editors put a mark in front
         except UnicodeDecodeError as error:
             raise ValueError(f"{text} is not UTF-8 text (byte {error.start} cannot be read)") from error
         sha256 = hashlib.sha256(raw).hexdigest()
@@ -112,6 +114,8 @@ def prepare(out: Path, tokenizer_name: str, text: Path | None = None):
         counts = {}
         for split, documents in (("train", train), ("val", val)):
             tokens = encode(documents, encoding, split)
+            if len(tokens) < 100:
+                raise ValueError(f"the text is too short: {len(tokens)} {split} tokens")
             for i in range(0, len(tokens), SHARD_TOKENS):
                 write_shard(temporary / f"{split}_{i // SHARD_TOKENS:06d}.bin", tokens[i : i + SHARD_TOKENS])
             counts[split] = (len(tokens), sum(len(d.encode("utf-8")) for d in documents))
@@ -142,14 +146,19 @@ def main():
     add("--tokenizer", default="bytes", help="'bytes' (256 ids, needs nothing) or 'r50k_base' (GPT-2; fetched once)")
     add("--out", type=Path, metavar="DIR", help="where to write (default: beside this script, named after the text)")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that half-written files are removed
     name = "shakespeare" if args.text is None else args.text.stem
     out = args.out or HERE / (name if args.tokenizer == "bytes" else f"{name}_{args.tokenizer}")
     try:
+        if args.text and not args.text.is_file():
+            raise FileNotFoundError(f"{args.text} is not a file")
         if out.exists():
             raise FileExistsError(f"{out} exists; remove it, or name another place with --out")
         meta = prepare(out, args.tokenizer, args.text)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; nothing was written")
     tokens = meta["tokens"]
     print(f"{out}: {tokens['train']:,} training and {tokens['val']:,} validation tokens of {meta['tokenizer']!r}")
     print(f"train on it: python train.py --osp --data {out if args.out else out.name}")

@@ -11,7 +11,10 @@ A batch is a pure function of (dataset, seed, step). Nothing is stored between s
 uninterrupted one would have, a batch is the same for any number of ranks, and evaluating never shifts what comes next.
 """
 
+import hashlib
 import json
+import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -77,13 +80,13 @@ def open_shard(path: Path) -> np.memmap:
 def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     """Where a seeded permutation of 0..n-1 sends each `index`.
 
-    A shuffled list of all windows of a large corpus would fill memory. A four-round Feistel network is a permutation
+    A shuffled list of all windows of a large corpus would fill memory. An eight-round Feistel network is a permutation
     that is computed: whatever the round function f, (L, R) -> (R, L xor f(R)) can be undone. It permutes 0..4^k-1 >= n;
     a result outside 0..n-1 is sent through again until it falls inside, which keeps the whole one-to-one.
     """
     half_bits = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
     half, mask = np.uint64(half_bits), np.uint64(2**half_bits - 1)
-    keys = np.random.SeedSequence([seed, epoch]).generate_state(4, np.uint64)
+    keys = np.random.SeedSequence([seed, epoch]).generate_state(8, np.uint64)
 
     def once(x):
         left, right = x >> half, x & mask
@@ -106,17 +109,25 @@ def find_dataset(name: str) -> Path:
 
 
 def read_meta(directory: Path) -> dict:
-    """meta.json of a dataset; GPT-2's tokenizer where there is none, as for shards from llm.c and nanoGPT."""
+    """meta.json of a dataset; where there is none, as for shards from llm.c and nanoGPT, GPT-2's tokenizer and a
+    fingerprint of the files. Raises ValueError for a meta.json that says nothing sensible."""
     path = directory / "meta.json"
     if not path.exists():
-        return dict(tokenizer="r50k_base", vocab_size=50257, bytes_per_token=None, tokens={}, source="unknown")
+        source = hashlib.sha256()
+        for shard in sorted(directory.glob("*.bin")):
+            with open(shard, "rb") as file:
+                source.update(f"{shard.name} {shard.stat().st_size} ".encode() + file.read(2**16))
+        return dict(tokenizer="r50k_base", vocab_size=50257, bytes_per_token=None, tokens={}, source=source.hexdigest())
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"tokenizer", "vocab_size", "bytes_per_token", "tokens"} - meta.keys()
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: prepare the data again")
+        ratio = meta["bytes_per_token"]
+        counts = [meta["vocab_size"], *meta["tokens"].values()]
+        sensible = all(type(n) is int and n > 0 for n in counts) and (ratio is None or 0 < float(ratio) < math.inf)
+        sensible = sensible and isinstance(meta["tokenizer"], str)
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be used ({type(error).__name__}: {error}): prepare the data again") from error
+    if not sensible:
+        raise ValueError(f"{path} cannot be used (an impossible number or name in it): prepare the data again")
     return meta
 
 
@@ -128,10 +139,11 @@ class Dataset:
 
     def __init__(self, directory, split: str, seq_len: int, seed: int = 0):
         self.directory, self.split, self.seq_len, self.seed = Path(directory), split, seq_len, seed
-        paths = sorted(self.directory.glob(f"*{split}*.bin"))
+        # "fineweb_train_000001.bin" is a train shard: the split's name is one of the words of the file's
+        paths = [p for p in sorted(self.directory.glob("*.bin")) if split in re.split("[^a-z]+", p.stem.lower())]
         if not paths:
             raise FileNotFoundError(
-                f"no {split} shards (*{split}*.bin) in {directory}: see python data/prepare.py --help"
+                f"no {split} shards (like {split}_000000.bin) in {directory}: see python data/prepare.py --help"
             )
         self.meta = read_meta(self.directory)
         self.shards = [open_shard(path) for path in paths]

@@ -39,7 +39,7 @@ def start(argv, tmp_path, world=1):
         common = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         environments = [dict(common, RANK=str(r), LOCAL_RANK=str(r)) for r in range(world)]
     processes = [
-        context.Process(target=_child, args=(argv, e, tmp_path / f"rank{r}.txt")) for r, e in enumerate(environments)
+        context.Process(target=_child, args=(argv, e, tmp_path / f"rank{r}.txt"), daemon=True) for r, e in enumerate(environments)
     ]
     for process in processes:
         process.start()

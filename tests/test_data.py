@@ -75,7 +75,7 @@ def test_bytes_tokenizer_is_utf8(tmp_path):
 
 
 def test_prepared_text_comes_back_document_by_document(tmp_path):
-    documents = [f"Document {i}, naïve.\n\nEnd" for i in range(40)]
+    documents = [f"Document {i}, naïve.\n\n{'End ' * 30}stop" for i in range(40)]
     (tmp_path / "t.txt").write_text("\n\n<|endoftext|>\n\n".join(documents))
     meta = prepare(tmp_path / "out", "bytes", tmp_path / "t.txt")
     decode = tokenizer("bytes").decode
@@ -93,6 +93,19 @@ def test_a_single_document_is_split_without_losing_or_sharing_text():
     train, val = split_text("\n".join(lines))
     assert "\n".join(train + val) == "\n".join(lines)
     assert 0.03 < len(val[0]) / len("\n".join(lines)) < 0.11
+
+
+def test_few_documents_are_never_cut_and_a_mark_at_the_start_is_dropped(tmp_path):
+    assert split_text("a\n<|endoftext|>\nb\n<|endoftext|>\nc") == (["a", "b"], ["c"])
+    (tmp_path / "t.txt").write_text("\ufeff" + "<|endoftext|>\n" + "text " * 900, encoding="utf-8")
+    prepare(tmp_path / "out", "bytes", tmp_path / "t.txt")
+    assert open_shard(tmp_path / "out/train_000000.bin")[:5].tolist() == [0, *b"text"]
+
+
+def test_a_shard_belongs_to_the_split_that_its_name_says(tmp_path):
+    for name in ("retrieval_train_0", "retrieval_val_0"):
+        write_shard(tmp_path / f"{name}.bin", np.arange(100))
+    assert len(Dataset(tmp_path, "val", 9).shards) == len(Dataset(tmp_path, "train", 9).shards) == 1
 
 
 def test_plays_lose_their_markdown():

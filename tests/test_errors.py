@@ -1,7 +1,10 @@
 """What a user can get wrong: each ends with one clear line, a non-zero exit code and nothing half-written."""
 
+import fcntl
+import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import read_log
 
 import train
 from data.prepare import prepare
@@ -28,7 +32,7 @@ def fails(capfd):
         message = error.value.code if isinstance(error.value.code, str) else capfd.readouterr().err
         assert (1 if isinstance(error.value.code, str) else error.value.code) == code
         line = message.strip().splitlines()[-1]  # argparse prints its usage before it
-        assert "error: " in line and all(w in line for w in map(str, words)), line
+        assert "error: " in line and all(re.search(w, line) for w in map(str, words)), line
 
     return check
 
@@ -52,10 +56,14 @@ def test_underscores_are_accepted(small_run, tmp_path):
 
 def test_impossible_numbers(fails, small_run):
     fails([*small_run, "--batch-size", "6", "--micro-batch-size", "4"], 2, "6", "divisible", "4")
-    fails([*small_run, "--steps", "0"], 2, "--steps", "0")
+    fails([*small_run, "--steps", "0"], 2, "--steps 0")
     fails([*small_run, "--lr", "-1"], 2, "--lr")
     fails([*small_run, "--steps", "9", "--warmup", "10"], 2, "--warmup 10")
-    fails([*small_run, "--n-head", "5"], 1, "n_head 5")
+    fails([*small_run, "--n-head", "5"], 2, "n_head 5")
+    fails([*small_run, "--lr", "inf"], 2, "--lr inf")
+    fails([*small_run, "--grad-clip", "nan"], 2, "--grad-clip nan")
+    fails([*small_run, "--batch-size", "1" + "0" * 20], 2, "--batch-size")
+    fails(["--preset", "small"], 2, "--preset small is for real text", "--data")
 
 
 def test_a_batch_that_ranks_cannot_divide(fails, small_run, monkeypatch):
@@ -82,8 +90,10 @@ def test_missing_and_damaged_data(fails, small_run, dataset_dir, tmp_path):
     fails(argv, 1, "damaged", "train_000000.bin")
     write_shard(shard, np.arange(100))
     fails(argv, 1, "meta.json promises")
-    (tmp_path / "d/meta.json").write_text("{")
-    fails(argv, 1, "meta.json", "not valid JSON")
+    meta = json.loads((dataset_dir / "meta.json").read_text())
+    for wrong in ("{", "[]", *(json.dumps(meta | w) for w in ({"vocab_size": "256"}, {"tokens": None}, {"bytes_per_token": -1}))):
+        (tmp_path / "d/meta.json").write_text(wrong)
+        fails(argv, 1, "meta.json cannot be used")
     (tmp_path / "d/meta.json").unlink()
     shard.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 33 + b"\xff" * 4096)
     fails(argv, 1, "not a token file")
@@ -106,7 +116,9 @@ def test_resume_where_there_is_nothing_or_something_else(fails, finished, small_
     fails(["--resume", tmp_path / "nothing"], 1, "no checkpoint")
     fails(["--resume", finished, "--n-layer", "2", "--steps", "9"], 2, "--n-layer 2", "started with 1")
     fails(["--resume", finished], 2, "done all its 4 steps")
-    fails([*small_run, "--out", finished], 1, "holds a run")
+    fails([*small_run, "--out", finished], 1, "holds ckpt.pt", "--resume")
+    fails(["--resume", ""], 2, "--resume is empty")
+    fails(["--resume", finished, "--out", tmp_path], 2, "--resume", "leave out --out")
     state = load_checkpoint(finished)
     state["model"]["head.weight"] = torch.zeros(3, 3)
     torch.save(state, finished / "ckpt.pt")
@@ -117,6 +129,39 @@ def test_resume_on_other_data(fails, finished, tmp_path):
     (tmp_path / "other.txt").write_text("other words\n" * 500)
     prepare(tmp_path / "other", "bytes", tmp_path / "other.txt")
     fails(["--resume", finished, "--steps", "9", "--device", "cpu", "--data", tmp_path / "other"], 1, "other data")
+
+
+def test_resume_on_other_raw_shards(fails, small_run, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for split in ("train", "val"):
+            np.full(1000, ord(name), np.uint16).tofile(tmp_path / name / f"{split}.bin")
+    train.main([*small_run[:-1], str(tmp_path / "a"), "--steps", "2", "--out", str(tmp_path / "r")])
+    fails(["--resume", tmp_path / "r", "--steps", "4", "--data", tmp_path / "b"], 1, "other data")
+
+
+def test_weights_that_blow_up_never_replace_a_checkpoint(fails, small_run, tmp_path):
+    fails([*small_run, "--lr", "1e30", "--warmup", "0", "--save-every", "1", "--out", tmp_path / "r"], 1, "not finite|nan|inf")
+    state = load_checkpoint(tmp_path / "r")
+    assert state["step"] < 5 and all(t.isfinite().all() for t in state["model"].values())
+
+
+def test_files_of_others_and_runs_in_use_are_left_alone(fails, finished, small_run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.json").write_text("mine")
+    fails([*small_run, "--out", tmp_path / "mine"], 1, "holds config.json")
+    assert (tmp_path / "mine/config.json").read_text() == "mine"
+    with open(finished / "log.jsonl") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        fails(["--resume", finished, "--steps", "9"], 1, "in use")
+
+
+def test_a_torn_log_does_not_stop_a_resume(finished):
+    with open(finished / "log.jsonl", "a") as log:
+        log.write('\0\0\0{"step": 3}\n{"note": 1}\n{"step": 4, "los')
+    train.main(["--resume", str(finished), "--steps", "6", "--device", "cpu"])
+    steps, evaluations = read_log(finished)
+    assert set(steps) == set(range(1, 7)) and set(evaluations) >= {0, 4, 6}
 
 
 def test_corrupt_foreign_and_malicious_checkpoints(fails, finished, tmp_path):

@@ -212,6 +212,13 @@ def test_longer_training_by_resume_is_the_longer_run(small_run, tmp_path):
     assert_same_run(tmp_path / "long", tmp_path / "short")
 
 
+def test_two_runs_started_together_get_directories_of_their_own(small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "ROOT", tmp_path)
+    for _ in range(2):
+        train.main([*small_run, "--osp", "--steps", "1"])
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["words-tiny-osp", "words-tiny-osp-2"]
+
+
 def test_dry_run_counts_the_paper_model_without_memory(capsys):
     train.main(["--preset", "1.4b", "--osp", "--dry-run", "--device", "cpu"])
     out = capsys.readouterr().out
