@@ -8,10 +8,10 @@
 
 Excess kurtosis (eq. 4) asks how far a token's D activations are from a Gaussian: E[((x - mean) / std)^4] - 3. It is
 about 0 for Gaussian values and about D - 3 if one channel holds everything: the outliers that 4 bits cannot afford.
-We take it over the channels of one token, centred, and average over all tokens of whole sequences. The headline is the
-mean over the states of the residual stream: embedding output, output of every block.
+We take it over the channels of one token, centred, and average over all tokens of whole sequences. The headline is
+the mean over the states of the residual stream: embedding output, output of every block.
 
-Read it top to bottom: statistics of vectors, watching the sites of a model, evaluation, sinks, sampling, targets, output.
+Read it top to bottom: statistics of vectors, watching a model's sites, evaluation, sinks, sampling, targets, output.
 """
 
 import argparse
@@ -96,7 +96,7 @@ class Watch:
     Args:
         modules: M modules whose outputs are [B, T, C].
         statistic: [B, T, C] -> [B, T].
-        extremes: also note, per module, the largest |x| and where it was, and its ratio to the median |x| of its sequence.
+        extremes: also note, per module, the largest |x|, where it was, and its ratio to the median |x| of its sequence.
     """
 
     def __init__(self, model, modules, statistic=excess_kurtosis, extremes=False):
@@ -144,7 +144,7 @@ class Watch:
 
 
 class TextBlocks:
-    """A text as evaluation windows, the way WikiText-2 perplexity is measured: non-overlapping blocks of `block` tokens,
+    """A text as evaluation windows, as WikiText-2 perplexity is measured: non-overlapping blocks of `block` tokens,
     each scored on its block - 1 next tokens; the tail that fills no block is dropped, nothing is put in front.
 
     Has what mean_loss needs of a Dataset. Raises ValueError if the text is shorter than one block.
@@ -230,8 +230,8 @@ def measure(model, dataset, batch_size: int, autocast, n_windows: int | None = N
 
 @torch.no_grad()
 def kurtosis_as_published(model, dataset, autocast, n_tokens: int = 16384) -> dict:
-    """The paper's kurtosis, for comparison with its numbers: every token alone, as a sequence of length 1, so at position
-    0 and without context; published_kurtosis over published_states; its floor beside it.
+    """The paper's kurtosis, for comparison with its numbers: every token alone, as a sequence of length 1, so at
+    position 0 and without context; published_kurtosis over published_states; its floor beside it.
 
     (Official implementation: evaluate_kurtosis.py, line 35: `seq.unsqueeze(1)` turns 2048 tokens into 2048 sequences.)
     """
@@ -253,7 +253,7 @@ def kurtosis_as_published(model, dataset, autocast, n_tokens: int = 16384) -> di
 
 
 class SinkWatch:
-    """While active, measures per layer and head how much attention goes to the first token, averaged over all later ones.
+    """While active, measures per layer and head how much attention later tokens give to the first one.
 
     share [H] is that attention; inside [H] the mean logit q.k / sqrt(d) on the first token, outside [H] on the other
     tokens that may be seen. `histogram` (a (layer, head) pair) also counts that head's logits, inside and outside, in
@@ -307,7 +307,7 @@ class SinkWatch:
 
 @torch.no_grad()
 def attention_sinks(model, dataset, autocast, n_windows: int = 32, histogram=None) -> dict:
-    """SinkWatch over n_windows: share, inside and outside, [L][H] each; `uniform`, the share if attention were even; and,
+    """SinkWatch over n_windows: share, inside, outside, [L][H] each; `uniform`, the share if attention were even; and,
     if `histogram` names a (layer, head), `counts` [2, bins] of its logits."""
     device = next(model.parameters()).device
     windows = torch.from_numpy(dataset.windows(dataset.evaluation_windows(n_windows))).to(device)
@@ -380,7 +380,7 @@ def configuration_label(options: dict) -> str:
 
 
 def load_target(path: str, device: str) -> Target:
-    """The model at `path`, a run directory or a checkpoint. Raises FileNotFoundError and ValueError as load_checkpoint."""
+    """The model at `path`, a run directory or a checkpoint. Raises what load_checkpoint does."""
     state, path = load_checkpoint(path), Path(path)
     options = state["options"]
     name = path.resolve().name if path.is_dir() else path.stem
@@ -392,18 +392,14 @@ def load_target(path: str, device: str) -> Target:
 # Output
 
 
-SUMMARY = """{name} ({label})
-  validation loss    {val_loss:.4f} nats per token, perplexity {perplexity:.3f}{bits}
-  excess kurtosis    {kurtosis:.3f} (Gaussian {kurtosis_floor:.3f}), mean over the residual stream{published}
-  largest |x|        {value:.1f} = {ratio:.0f} x the median: {where}, channel {channel}, at position {position} ({token!r})
-  attention sinks    {n_sinks} of {n_heads} heads give the first token over 30 % (even attention: {uniform:.1%}); the most
-                     {share:.0%} in layer {layer}, head {head}: mean logit {inside:.2f} there, {outside:.2f} elsewhere"""
-
-
 def strongest_sink(sinks: dict) -> tuple[int, int]:
     """(layer, head) of the largest share."""
-    flat = [(share, i, j) for i, heads in enumerate(sinks["share"]) for j, share in enumerate(heads)]
-    return max(flat)[1:]
+    return max((share, i, j) for i, heads in enumerate(sinks["share"]) for j, share in enumerate(heads))[1:]
+
+
+def n_sinks(sinks: dict) -> int:
+    """Heads that give the first token more than 30 % of their attention (the threshold of Gu et al. 2025)."""
+    return sum(share > 0.3 for heads in sinks["share"] for share in heads)
 
 
 def strongest_state(largest: list[dict]) -> int:
@@ -412,47 +408,82 @@ def strongest_state(largest: list[dict]) -> int:
 
 
 def describe(target: Target, r: dict) -> str:
-    """A measurement in words and one table: kurtosis per layer and site."""
+    """A measurement in words, and kurtosis per layer and site as a table."""
     state = strongest_state(r["largest"])
     top, sinks = r["largest"][state], r["sinks"]
     layer, head = strongest_sink(sinks)
-    shares = [share for heads in sinks["share"] for share in heads]
-    published = r.get("kurtosis_as_published")
-    lines = [SUMMARY.format(
-        name=target.name, label=target.label(), **{k: r[k] for k in ("val_loss", "perplexity", "kurtosis", "kurtosis_floor")},
-        bits=f", {r['bits_per_byte']:.4f} bits per byte" if r["bits_per_byte"] else "",
-        published="" if published is None else f"\n  as published       {published:.3f} (Gaussian "
-        f"{r['kurtosis_as_published_floor']:.3f}): single tokens without context, uncentred, negatives cut",
-        where="embedding output" if state == 0 else f"block {state} output", value=top["value"], ratio=top["ratio"],
-        channel=top["channel"], position=top["position"], token=target.encoding.decode([top["token"]]),
-        n_sinks=sum(share > 0.3 for share in shares), n_heads=len(shares), uniform=sinks["uniform"],
-        share=sinks["share"][layer][head], layer=layer + 1, head=head + 1,
-        inside=sinks["inside"][layer][head], outside=sinks["outside"][layer][head])]
-    lines.append("  kurtosis by site " + "".join(f"{'layer ' + str(i + 1):>10}" for i in range(len(r["kurtosis_per_layer"]) - 1)) + "   Gaussian")
-    for name, site in r["sites"].items():
-        values = site["kurtosis"][1:] if name == "residual stream" else site["kurtosis"]
-        cells = "".join(f"{v:>10.2f}" for v in values)
-        if name == "final norm":
-            cells = f"{values[0]:>{10 * (len(r['kurtosis_per_layer']) - 1)}.2f}"
-        lines.append(f"  {name:<17}{cells}{site['floor']:>11.3f}")
+    share, inside, outside = (sinks[name][layer][head] for name in ("share", "inside", "outside"))
+    bits = f", {r['bits_per_byte']:.4f} bits per byte" if r["bits_per_byte"] else ""
+    where = "embedding output" if state == 0 else f"output of block {state}"
+    token = target.encoding.decode([top["token"]])
+    lines = [
+        f"{target.name} ({target.label()})",
+        f"  loss             {r['val_loss']:.4f} nats per token, perplexity {r['perplexity']:.3f}{bits}",
+        f"  excess kurtosis  {r['kurtosis']:.3f} (Gaussian {r['kurtosis_floor']:.3f}), mean over the residual stream",
+        f"  largest |x|      {top['value']:.1f}, {top['ratio']:.0f} times the median of its sequence: {where}, "
+        f"channel {top['channel']}, position {top['position']}, token {token!r}",
+        f"  attention sinks  {n_sinks(sinks)} heads give the first token over 30 % (even: {sinks['uniform']:.1%}); "
+        f"most, {share:.0%}, layer {layer + 1} head {head + 1}: mean logit {inside:.2f} there, {outside:.2f} elsewhere",
+        f"  measured         {r['tokens']:,} tokens at {r['tokens_per_s']:,.0f} tokens/s, "
+        f"peak memory {r['peak_memory_gib']:.2f} GiB",
+    ]
+    if "kurtosis_as_published" in r:
+        floor = r["kurtosis_as_published_floor"]
+        lines.insert(3, f"  ... as published {r['kurtosis_as_published']:.3f} (Gaussian {floor:.3f}): "
+                        "single tokens without context, uncentred, negatives cut off")
+    lines.append("  excess kurtosis by site" + "".join(f"{name:>18}" for name in r["sites"]))
+    first = r["sites"]["residual stream"]["kurtosis"][0]
+    lines.append(f"  {'embedding output':<23}{first:>18.2f}")
+    for i in range(len(r["kurtosis_per_layer"]) - 1):
+        last = i == len(r["kurtosis_per_layer"]) - 2
+        columns = {name: site["kurtosis"] for name, site in r["sites"].items()}
+        columns["residual stream"] = columns["residual stream"][1:]
+        columns["final norm"] = [None] * i + columns["final norm"] if last else [None] * (i + 1)
+        cells = "".join(f"{'' if values[i] is None else format(values[i], '.2f'):>18}" for values in columns.values())
+        lines.append(f"  {'block ' + str(i + 1):<23}{cells}")
+    lines.append(f"  {'Gaussian':<23}" + "".join(f"{site['floor']:>18.3f}" for site in r["sites"].values()))
     return "\n".join(lines)
 
 
 def comparison(rows: list[dict]) -> str:
     """One line a target."""
+    head = f"{'target':<32}{'loss':>8}{'ppl':>9}{'bits/byte':>10}{'kurtosis':>10}{'Gaussian':>9}"
     published = "kurtosis_as_published" in rows[0]
-    head = f"{'target':<34}{'loss':>8}{'ppl':>9}{'bits/B':>8}{'kurtosis':>10}{'Gauss':>8}"
-    head += f"{'as publ.':>10}{'Gauss':>7}" * published + f"{'max |x|':>9}{'/median':>8}{'sinks':>7}"
-    lines = [head]
+    lines = [head + f"{'as publ.':>9}{'Gaussian':>9}" * published + f"{'max |x|':>9}{'/ median':>9}{'sinks':>6}"]
     for r in rows:
         top = r["largest"][strongest_state(r["largest"])]
         bits = f"{r['bits_per_byte']:.4f}" if r["bits_per_byte"] else "-"
-        line = f"{r['target']:<34}{r['val_loss']:>8.4f}{r['perplexity']:>9.3f}{bits:>8}{r['kurtosis']:>10.3f}{r['kurtosis_floor']:>8.3f}"
+        line = f"{r['target']:<32}{r['val_loss']:>8.4f}{r['perplexity']:>9.3f}{bits:>10}"
+        line += f"{r['kurtosis']:>10.3f}{r['kurtosis_floor']:>9.3f}"
         if published:
-            line += f"{r['kurtosis_as_published']:>10.3f}{r['kurtosis_as_published_floor']:>7.3f}"
-        n_sinks = sum(share > 0.3 for heads in r["sinks"]["share"] for share in heads)
-        lines.append(line + f"{top['value']:>9.1f}{top['ratio']:>8.0f}{n_sinks:>7}")
+            line += f"{r['kurtosis_as_published']:>9.3f}{r['kurtosis_as_published_floor']:>9.3f}"
+        lines.append(line + f"{top['value']:>9.1f}{top['ratio']:>9.0f}{n_sinks(r['sinks']):>6}")
     return "\n".join(lines)
+
+
+def pick_device(asked: str | None, error) -> str:
+    """The device asked for, or the best there is. One that is not there goes to error(message)."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if asked and not there[asked]:
+        error(f"--device {asked}: torch sees no {asked.upper()} device here; use --device cpu")
+    return asked or next(device for device in there if there[device])
+
+
+def precision(device: str, dtype: str):
+    """The context of every forward pass: matrix products in bfloat16, or nothing."""
+    return torch.autocast(device, dtype=torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+
+def peak_memory_gib(device: str) -> float:
+    """The most memory held so far, of the GPU or of this process, in GiB; nan where that cannot be known."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def measure_target(target: Target, dataset, batch_size: int, autocast, as_published: bool) -> dict:
@@ -460,9 +491,11 @@ def measure_target(target: Target, dataset, batch_size: int, autocast, as_publis
     began = time.perf_counter()
     result = measure(target.model, dataset, batch_size, autocast)
     result["tokens_per_s"] = result["tokens"] / (time.perf_counter() - began)
+    result["peak_memory_gib"] = peak_memory_gib(str(next(target.model.parameters()).device))
     if as_published:
         result |= kurtosis_as_published(target.model, dataset, autocast)
-    return dict(target=target.name, label=target.label(), **result, sinks=attention_sinks(target.model, dataset, autocast))
+    sinks = attention_sinks(target.model, dataset, autocast)
+    return dict(target=target.name, label=target.label(), **result, sinks=sinks)
 
 
 def write(target: Target, args) -> str:
@@ -508,16 +541,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    args.device = args.device or next(device for device in there if there[device])
-    if not there[args.device]:
-        parser.error(f"--device {args.device}: torch sees no {args.device.upper()} device here; use --device cpu")
+    args.device = pick_device(args.device, parser.error)
     for name, low in (("tokens", 1), ("temperature", 0), ("top_k", 1), ("batch_size", 1), ("seq_len", 2)):
         value = getattr(args, name)
         if value is not None and not value >= low:
             parser.error(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
-    half = (args.dtype or ("bfloat16" if args.device == "cuda" else "float32")) == "bfloat16"
-    autocast = torch.autocast(args.device, dtype=torch.bfloat16) if half else nullcontext()
+    autocast = precision(args.device, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     try:
         plot = None
         if args.plot:
@@ -532,7 +561,8 @@ def main(argv=None):
                 continue
             block = args.seq_len or target.seq_len
             dataset = target.dataset() if text is None else TextBlocks(text, target.encoding, block)
-            rows.append(measure_target(target, dataset, args.batch_size or max(1, 4096 // block), autocast, args.as_published))
+            batch_size = args.batch_size or max(1, 4096 // block)
+            rows.append(measure_target(target, dataset, batch_size, autocast, args.as_published))
             print(describe(target, rows[-1]), end="\n\n", file=sys.stderr if args.json else sys.stdout, flush=True)
             if plot:
                 pictures.append(plot.Picture.of(target, rows[-1], dataset, autocast))

@@ -18,6 +18,7 @@ import os
 import re
 import shlex
 import signal
+import statistics
 import sys
 import time
 from contextlib import nullcontext
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 from data.prepare import prepare
 from data.tokens import Dataset, find_dataset, read_meta
-from eval import evaluate
+from eval import evaluate, load_target, measure_target, peak_memory_gib, pick_device, precision
 from model import PRESETS, Config, Transformer, load_checkpoint, save_checkpoint
 from muon import make_optimizers, optimizer_table
 
@@ -55,7 +56,8 @@ TRAINING = {
 }
 OSP = {"optimizer": "muon", "norm": "ss", "embproj": True}  # what --osp stands for
 YES_NO = argparse.BooleanOptionalAction
-LAUNCH = {"json", "resume", "dry_run", "osp", "out"}  # options of a launch, which the run does not remember
+# Options of a launch, which the run does not remember:
+LAUNCH = {"json", "resume", "dry_run", "osp", "out", "ablation", "full", "seeds"}
 # Options that may change on --resume:
 MAY_CHANGE = {"steps", "cooldown", "micro_batch_size", "eval_every", "save_every", "data", "device", "compile"}
 
@@ -105,7 +107,7 @@ def build_parser() -> Parser:
 
     add = p.add_argument_group("the model and its text").add_argument
     add("--preset", choices=list(PRESETS),
-        help="shape and schedule: tiny for a CPU, toy for one GPU, small and 1.4b for real text (default: by device)")
+        help="shape and schedule: tiny for a CPU, toy for a GPU, small and 1.4b for real text (default: by device)")
     add("--data", help="what data/prepare.py made, or any folder of llm.c or nanoGPT .bin files (default: shakespeare)")
     add("--n-layer", type=int, help="blocks, instead of the preset's")
     add("--n-head", type=int, help="attention heads, instead of the preset's")
@@ -134,48 +136,50 @@ def build_parser() -> Parser:
     add("--dtype", choices=["float32", "bfloat16"],
         help="of matrix products; weights stay float32 (default: bfloat16 on CUDA)")
     add("--compile", action=YES_NO, help="torch.compile: slower start, faster steps (default: on CUDA only)")
+    add("--ablation", action="store_true", help="train the six rows of the paper's Table 2, tabulate and draw them")
+    add("--full", action="store_true", help="with --ablation: all 12 combinations, also those the paper lacks")
+    add("--seeds", type=int, help="with --ablation: as many runs of each row, --seed and the next ones (default: 1)")
     add("--dry-run", action="store_true", help="say what would be trained (parameters, memory, tokens) and stop")
     add("--json", action="store_true", help="the summary as one JSON line on stdout, everything else on stderr")
     return p
 
 
-def read_options(argv=None):
-    """(options, checkpoint to resume from or None). Bad options end the program: one line, exit code 2."""
-    parser = build_parser()
-    opt = parser.parse(sys.argv[1:] if argv is None else argv)
+def complete(opt, error):
+    """Fill in what was not given; returns the checkpoint to resume from, or None. Bad options go to error(message)."""
     for name in ("out", "data", "resume"):
         if getattr(opt, name) == "":
-            parser.error(f"--{name} is empty")
+            error(f"--{name} is empty")
     if opt.osp:
         for name, value in OSP.items():
             if getattr(opt, name) not in (None, value):
-                parser.error(f"--osp means {OSP}; for {name} {getattr(opt, name)} leave it out and name the parts")
+                error(f"--osp means {OSP}; for {name} {getattr(opt, name)} leave it out and name the parts")
             setattr(opt, name, value)
     state = None
     if opt.resume:
         if opt.out:
-            parser.error("--resume goes on in the run's own directory; leave out --out")
+            error("--resume goes on in the run's own directory; leave out --out")
         state = load_checkpoint(opt.resume)
         opt.out = Path(opt.resume).parent if Path(opt.resume).is_file() else Path(opt.resume)
         for name, saved in state["options"].items():
             given = getattr(opt, name, None)
             if given not in (None, saved) and name not in MAY_CHANGE:
-                parser.error(f"--{name.replace('_', '-')} {given}: {opt.resume} was started with {saved} and keeps it")
+                error(f"--{name.replace('_', '-')} {given}: {opt.resume} was started with {saved} and keeps it")
             setattr(opt, name, saved if given is None else given)
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    opt.device = opt.device or next(device for device in there if there[device])
-    if not there[opt.device]:
-        parser.error(f"--device {opt.device}: torch sees no {opt.device.upper()} device here; use --device cpu")
+    opt.device = pick_device(opt.device, error)
     fill_in(opt)
-    check(opt, parser.error)
-    if state and state["step"] >= opt.steps:
-        parser.error(f"{opt.resume} has done all its {state['step']} steps; to train on, give a larger --steps")
-    return opt, state
+    check(opt, error)
+    if state and state["step"] >= opt.steps and not opt.ablation:
+        error(f"{opt.resume} has done all its {state['step']} steps; to train on, give a larger --steps")
+    return state
+
+
+def default_preset(device: str) -> str:
+    return "toy" if device == "cuda" else "tiny"
 
 
 def fill_in(opt):
     """Defaults: the preset's, then those that follow from other options."""
-    opt.preset = opt.preset or ("toy" if opt.device == "cuda" else "tiny")
+    opt.preset = opt.preset or default_preset(opt.device)
     preset = TRAINING[opt.preset]
     opt.optimizer, opt.norm, opt.embproj = opt.optimizer or "adam", opt.norm or "rms", bool(opt.embproj)
     on_cuda = opt.device == "cuda"
@@ -386,17 +390,6 @@ class StopSignal:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def peak_memory_gib(device: str) -> float:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return math.nan
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -452,11 +445,11 @@ def train(opt, state, ranks, say) -> dict:
     say(f"{opt.batch_size} x {opt.seq_len} tokens a step, {epochs:.2g} epochs, run directory {run.path}")
 
     if opt.compile:
+        torch.compiler.reset()  # of a run before this one in the same process, there is nothing to reuse
         for block in model.blocks:  # all blocks share one compiled program: the start takes seconds, whatever n_layer
             block.compile()
     forward = DistributedDataParallel(model) if ranks.world > 1 else model  # `model` itself is evaluated and saved
-    half = torch.autocast(ranks.device.split(":")[0], dtype=torch.bfloat16)
-    autocast = half if opt.dtype == "bfloat16" else nullcontext()
+    autocast = precision(opt.device, opt.dtype)
 
     def evaluate_and_log(step):
         windows, rows = TRAINING[opt.preset]["eval_windows"], micro_batch(opt, ranks.world)
@@ -526,6 +519,93 @@ memory      {n * gib:.2f} GiB weights, {n * gib:.2f} GiB gradients, {state * gib
 tokens      {tokens:,} a step, {tokens * opt.steps:,} in {opt.steps:,} steps""")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The ablation
+
+TABLE_2 = [("adam", "rms", False), ("muon-only", "rms", False), ("muon", "rms", False), ("muon", "ss", False),
+           ("muon", "rms", True), ("muon", "ss", True)]  # optimizer, norm, embproj: the paper's rows, in its order
+LACKING = [("adam", "ss", False), ("adam", "rms", True), ("adam", "ss", True),
+           ("muon-only", "ss", False), ("muon-only", "rms", True), ("muon-only", "ss", True)]
+
+
+def ablation(opt, error, say):
+    """Train every row that is not finished, in one process one after the other; measure, tabulate, draw.
+
+    Killed and started again it goes on where it was: a finished row is kept, an unfinished one resumed.
+    """
+    if opt.resume or opt.osp or opt.optimizer or opt.norm or opt.embproj is not None or opt.dry_run:
+        error("--ablation chooses the parts of OSP itself, and goes on by itself if it is started again")
+    opt.device = pick_device(opt.device, error)
+    opt.preset = opt.preset or default_preset(opt.device)
+    base = Path(opt.out or ROOT / "runs" / f"ablation-{Path(opt.data or 'shakespeare').name}-{opt.preset}")
+    ranks, rows, first_seed = None, [], opt.seed or 0
+    for seed in range(first_seed, first_seed + (1 if opt.seeds is None else opt.seeds)):
+        for optimizer, norm, embproj in TABLE_2 + LACKING * opt.full:
+            row = argparse.Namespace(**vars(opt) | dict(optimizer=optimizer, norm=norm, embproj=embproj, seed=seed))
+            parts = [optimizer] + ["ss"] * (norm == "ss") + ["embproj"] * embproj
+            directory = base / f"{'-'.join(parts)}-s{seed}"
+            done = (directory / "ckpt.pt").exists()
+            row.resume, row.out = (str(directory), None) if done else (None, str(directory))
+            state = complete(row, error)
+            ranks = ranks or Ranks.start(row.device)
+            say(f"\n== {directory.name}" + (f": at step {state['step']} of {row.steps}" if state else ""))
+            if not state or state["step"] < row.steps:
+                train(row, state, ranks, say)
+            if ranks.rank == 0:
+                rows.append(measured(directory, row))
+            if ranks.world > 1:
+                dist.barrier()
+    if first():
+        table = ablation_table(rows)
+        (base / "table.md").write_text(table + "\n")
+        print(json.dumps(rows) if opt.json else f"\n{table}\n\n{base / 'table.md'}")
+        try:
+            import plot  # only now: it needs matplotlib, which is optional
+        except ImportError as missing:
+            return say(f"no figures: {missing}")
+        for path in plot.draw_runs(rows, base / "figures", row.device, precision(row.device, row.dtype)):
+            say(f"wrote {path}")
+
+
+def measured(directory: Path, opt) -> dict:
+    """eval.py's measurement of a finished row, kept beside it so that it is done once."""
+    kept = directory / "eval.json"
+    if kept.exists() and kept.stat().st_mtime > (directory / "ckpt.pt").stat().st_mtime:
+        return json.loads(kept.read_text())
+    target = load_target(directory, opt.device)
+    rows = max(1, 4096 // opt.seq_len)
+    result = measure_target(target, target.dataset(), rows, precision(opt.device, opt.dtype), as_published=True)
+    temporary = directory / "eval.json.tmp"
+    temporary.write_text(json.dumps(dict(result, path=str(directory))) + "\n")
+    os.replace(temporary, kept)
+    return json.loads(kept.read_text())
+
+
+def ablation_table(rows: list[dict]) -> str:
+    """Markdown, one line a configuration: mean, and standard deviation over seeds where there are several."""
+    grouped = {}
+    for row in rows:
+        grouped.setdefault(row["label"], []).append(row)
+
+    def cell(values, digits):
+        mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+        return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
+
+    floors = rows[0]["kurtosis_floor"], rows[0]["kurtosis_as_published_floor"]
+    lines = [
+        f"| model, {len(next(iter(grouped.values())))} seed(s) | validation loss | bits per byte | excess kurtosis "
+        f"(Gaussian {floors[0]:.3f}) | as published (Gaussian {floors[1]:.3f}) | largest activation |",
+        "|---|---|---|---|---|---|",
+    ]
+    for label, group in grouped.items():
+        largest = [max(state["value"] for state in r["largest"]) for r in group]
+        bits = cell([r["bits_per_byte"] for r in group], 4) if group[0]["bits_per_byte"] else "-"
+        kurtosis, published = (cell([r[k] for r in group], 3) for k in ("kurtosis", "kurtosis_as_published"))
+        loss = cell([r["val_loss"] for r in group], 4)
+        lines.append(f"| {label} | {loss} | {bits} | {kurtosis} | {published} | {cell(largest, 1)} |")
+    return "\n".join(lines)
+
+
 def summarize(opt, s: dict) -> str:
     bits = f" = {s['bits_per_byte']:.4f} bits per byte" if s["bits_per_byte"] else ""
     other = "            # the same model with plain Adam" if is_osp(opt) else " --osp      # the same model with OSP"
@@ -541,14 +621,18 @@ to compare         python {shlex.quote(sys.argv[0])}{other}"""
 def main(argv=None):
     began = time.perf_counter()
     try:
-        opt, state = read_options(argv)
-        if opt.dry_run:
-            return dry_run(opt) if first() else None
+        parser = build_parser()
+        opt = parser.parse(sys.argv[1:] if argv is None else argv)
 
         def say(text):
             if first():
                 tqdm.write(text, file=sys.stderr if opt.json else sys.stdout)
 
+        if opt.ablation:
+            return ablation(opt, parser.error, say)
+        state = complete(opt, parser.error)
+        if opt.dry_run:
+            return dry_run(opt) if first() else None
         say(f"preset {opt.preset} on {opt.device} in {opt.dtype}: optimizer {opt.optimizer}, norm {opt.norm}, "
             f"embproj {'on' if opt.embproj else 'off'}, {opt.steps} steps (--preset, --steps, ... change that)")
         summary = train(opt, state, Ranks.start(opt.device), say)

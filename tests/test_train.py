@@ -107,7 +107,8 @@ def test_two_ranks_resume_exactly_and_hand_over_to_one(small_run, tmp_path):
     assert_same_run(whole, pieces)
 
     torch.save(half, pieces / "ckpt.pt")  # what two ranks saved at step 6, loaded by one
-    opt, state = train.read_options(["--device", "cpu", "--resume", str(pieces)])
+    opt = train.build_parser().parse(["--device", "cpu", "--resume", str(pieces)])
+    state = train.complete(opt, pytest.fail)
     data, _ = train.open_datasets(opt, train.Ranks())
     model = train.Transformer(train.model_config(opt, 256))
     optimizers = train.make_optimizers(model, opt.optimizer, opt.lr, opt.embed_lr, opt.weight_decay)

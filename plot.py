@@ -1,0 +1,225 @@
+"""Figures of what eval.py measures: python eval.py TARGET... --plot DIR. Needs matplotlib (requirements-extra.txt).
+
+    activations.png      |activation| over tokens x channels, where it stands out most (the paper's Figure 2)
+    curves.png           loss and kurtosis against training tokens, from the logs (Figures 3 and 7)
+    layers.png           kurtosis of every state of the residual stream
+    sinks.png            q.k logits on the first token and elsewhere, in the head that looks there most (Figure 6)
+    learning_rates.png   kurtosis and loss against the learning rate, if the targets differ in it
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+try:
+    import matplotlib
+except ImportError as error:
+    raise ImportError("figures need matplotlib: pip install -r requirements-extra.txt") from error
+matplotlib.use("Agg")  # files, no window
+import matplotlib.pyplot as plt
+from matplotlib.colors import LogNorm
+
+from eval import SinkWatch, Target, attention_sinks, load_target, sites, strongest_sink
+
+# One colour, line and marker per configuration, the same in every figure; told apart in grey by line and marker.
+STYLES = {
+    "Adam": ("#d55e00", "-", "o"),
+    "Muon-only": ("#e69f00", "--", "s"),
+    "Muon": ("#cc79a7", "-.", "^"),
+    "Muon + SSNorm": ("#56b4e9", ":", "D"),
+    "Muon + EmbProj": ("#009e73", "--", "v"),
+    "OSP": ("#0072b2", "-", "*"),
+}
+OTHERS = [("#444444", line, marker) for line, marker in zip(["-", "--", "-.", ":", "-", "--"], "PXhd<>")]
+
+
+@dataclass
+class Picture:
+    """What the figures need of one target."""
+
+    name: str
+    label: str
+    options: dict
+    result: dict  # of eval.measure
+    log: list[dict]
+    activations: torch.Tensor  # [T, D], |x| over its median, of one validation window, at state `state`
+    state: int
+    head: tuple[int, int]  # layer and head with the strongest sink
+    counts: list  # [2][bins] of its logits
+
+    @classmethod
+    def of(cls, target: Target, result: dict, dataset, autocast) -> "Picture":
+        path = (target.path if target.path.is_dir() else target.path.parent) / "log.jsonl"
+        log = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        state = max(range(len(result["kurtosis_per_layer"])), key=result["kurtosis_per_layer"].__getitem__)
+        window = torch.from_numpy(dataset.windows(dataset.evaluation_windows(1)))[:, :-1]
+        kept = []
+        module = sites(target.model)["residual stream"][state]
+        handle = module.register_forward_hook(lambda module, inputs, x: kept.append(x[0].float().abs().cpu()))
+        with torch.no_grad(), autocast:
+            target.model(window.to(next(target.model.parameters()).device))
+        handle.remove()
+        head = strongest_sink(result["sinks"])
+        counts = attention_sinks(target.model, dataset, autocast, histogram=head)["counts"]
+        activations = kept[0] / kept[0].median()
+        return cls(target.name, target.label(), target.options, result, log, activations, state, head, counts)
+
+
+def style(label: str):
+    return STYLES.get(label) or OTHERS[sum(map(ord, label)) % len(OTHERS)]
+
+
+def panels(n: int, width=4.2, height=3.2):
+    """A figure with n panels, at most three in a row, and the list of its axes."""
+    columns = min(n, 3)
+    rows = -(-n // columns)
+    size = (width * columns, height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for spare in axes.flat[n:]:
+        spare.set_axis_off()
+    return figure, list(axes.flat[:n])
+
+
+def one_of_each(pictures):
+    """The first picture of every configuration, at most six."""
+    return list({p.label: p for p in reversed(pictures)}.values())[::-1][:6]
+
+
+def kurtosis_axis(axis, floor: float):
+    """Linear near zero, logarithmic above 1; with the Gaussian floor drawn."""
+    axis.set_yscale("symlog", linthresh=1, linscale=0.6)
+    axis.set_ylim(-1, max(3, 1.5 * axis.get_ylim()[1]))
+    ticks = [t for t in (-1, 0, 1, 3, 10, 30, 100, 300, 1000, 3000) if t <= axis.get_ylim()[1]]
+    axis.set_yticks(ticks, [str(t) for t in ticks])
+    axis.minorticks_off()
+    axis.axhline(floor, color="black", linewidth=0.8, linestyle=(0, (1, 2)), label=f"Gaussian ({floor:.3f})")
+    axis.set_ylabel("excess kurtosis")
+    axis.grid(alpha=0.3)
+
+
+def state_name(i: int) -> str:
+    return "embedding output" if i == 0 else f"output of block {i}"
+
+
+def draw_activations(pictures):
+    shown = one_of_each(pictures)
+    figure, axes = panels(len(shown))
+    top = max(p.activations.max().item() for p in shown)
+    for axis, p in zip(axes, shown):
+        shown_values = p.activations.clamp(min=1).numpy()  # [T, D]
+        image = axis.imshow(shown_values, norm=LogNorm(1, top), cmap="inferno", aspect="auto", interpolation="nearest")
+        axis.set_title(f"{p.label}: {state_name(p.state)}\nmaximum {p.activations.max():.0f} x median", fontsize=10)
+        axis.set_xlabel("channel")
+        axis.set_ylabel("token")
+    ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if t <= top]
+    bar = figure.colorbar(image, ax=axes, label="|activation| / median")
+    bar.set_ticks(ticks, labels=[str(t) for t in ticks])
+    bar.minorticks_off()
+    return figure
+
+
+def draw_curves(pictures):
+    figure, (left, right) = panels(2, 5.2, 3.6)
+    named = set()
+    for p in pictures:
+        color, line, _ = style(p.label)
+        points = [r for r in p.log if "val_loss" in r]
+        millions = [r["tokens"] / 1e6 for r in points]
+        kwargs = dict(color=color, linestyle=line, linewidth=1.5, label=None if p.label in named else p.label)
+        left.plot(millions[1:], [r["val_loss"] for r in points][1:], **kwargs)  # the first is ln V for all
+        right.plot(millions, [r["kurtosis"] for r in points], **kwargs)
+        named.add(p.label)
+    left.set_ylabel("validation loss (nats per token)")
+    left.grid(alpha=0.3)
+    kurtosis_axis(right, pictures[0].result["kurtosis_floor"])
+    for axis in (left, right):
+        axis.set_xlabel("training tokens (millions)")
+    right.legend(fontsize=8)
+    return figure
+
+
+def draw_layers(pictures):
+    figure, (axis,) = panels(1, 6.4, 3.8)
+    named = set()
+    for p in pictures:
+        color, line, marker = style(p.label)
+        values = p.result["kurtosis_per_layer"]
+        label = None if p.label in named else p.label
+        axis.plot(range(len(values)), values, color=color, linestyle=line, marker=marker, markersize=5, label=label)
+        named.add(p.label)
+    axis.set_xticks(range(len(values)), ["embedding", *range(1, len(values))])
+    axis.set_xlabel("residual stream after the embedding, after block 1, 2, ...")
+    kurtosis_axis(axis, pictures[0].result["kurtosis_floor"])
+    axis.legend(fontsize=8)
+    return figure
+
+
+def draw_sinks(pictures):
+    shown = one_of_each(pictures)
+    figure, axes = panels(len(shown))
+    centers = (SinkWatch.bins[1:] + SinkWatch.bins[:-1]) / 2
+    width = (SinkWatch.bins[1] - SinkWatch.bins[0]).item()
+    for axis, p in zip(axes, shown):
+        series = (p.counts[0], "black", "--", "first token"), (p.counts[1], style(p.label)[0], "-", "other tokens")
+        for counts, color, line, name in series:
+            density = [count / max(sum(counts), 1) / width for count in counts]
+            axis.plot(centers.numpy(), density, color=color, linestyle=line, label=name)
+        layer, head = p.head
+        share = p.result["sinks"]["share"][layer][head]
+        where = f"{p.label}: layer {layer + 1}, head {head + 1}"
+        axis.set_title(f"{where}\n{share:.0%} of attention on the first token", fontsize=10)
+        axis.set_xlabel("logit q.k / sqrt(d)")
+        axis.set_ylabel("density")
+        axis.set_xlim(-12, 12)
+        axis.legend(fontsize=8)
+    return figure
+
+
+def draw_learning_rates(pictures):
+    figure, (left, right) = panels(2, 5.2, 3.6)
+    for label in dict.fromkeys(p.label for p in pictures):
+        color, line, marker = style(label)
+        group = [p for p in pictures if p.label == label]
+        points = sorted((p.options["lr"], p.result["kurtosis"], p.result["val_loss"]) for p in group)
+        rates, kurtosis, loss = zip(*points)
+        left.plot(rates, kurtosis, color=color, linestyle=line, marker=marker, label=label)
+        right.plot(rates, loss, color=color, linestyle=line, marker=marker, label=label)
+    kurtosis_axis(left, pictures[0].result["kurtosis_floor"])
+    right.set_ylabel("validation loss (nats per token)")
+    right.grid(alpha=0.3)
+    for axis in (left, right):
+        axis.set_xscale("log")
+        axis.set_xlabel("peak learning rate")
+    left.legend(fontsize=8)
+    return figure
+
+
+def draw_all(pictures: list[Picture], out: Path) -> list[Path]:
+    """Write the figures that these targets allow; returns their paths."""
+    figures = {"activations": draw_activations, "layers": draw_layers, "sinks": draw_sinks}
+    if any("val_loss" in record for p in pictures for record in p.log):
+        figures["curves"] = draw_curves
+    rates = {}
+    for p in pictures:
+        rates.setdefault(p.label, set()).add(p.options.get("lr"))
+    if any(len(each) > 1 for each in rates.values()):
+        figures["learning_rates"] = draw_learning_rates
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, draw in figures.items():
+        figure = draw(pictures)
+        figure.savefig(out / f"{name}.png", dpi=110)
+        plt.close(figure)
+        paths.append(out / f"{name}.png")
+    return paths
+
+
+def draw_runs(rows: list[dict], out: Path, device: str, autocast) -> list[Path]:
+    """Figures of measured run directories; each row is a result of eval.measure_target with its "path"."""
+    pictures = []
+    for row in rows:
+        target = load_target(row["path"], device)
+        pictures.append(Picture.of(target, row, target.dataset(), autocast))
+    return draw_all(pictures, out)
