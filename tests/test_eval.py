@@ -33,7 +33,6 @@ from eval import (
 )
 from model import Config, Transformer
 
-
 SMALL = Config(n_layer=2, n_head=2, n_embd=32, vocab_size=256)
 
 
