@@ -90,7 +90,22 @@ def published_states(model: Transformer) -> list:
     return [model.at_embed, *model.blocks[:-1], model.norm]
 
 
-class Watch:
+class Hooked:
+    """A context in which the hooks of attach() are active. Compiled blocks would run past hooks, so they run eagerly."""
+
+    def __enter__(self):
+        self.handles = self.attach()
+        self.eager = torch.compiler.set_stance("force_eager")
+        self.eager.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.eager.__exit__(*error)
+        for handle in self.handles:
+            handle.remove()
+
+
+class Watch(Hooked):
     """While active, sums a statistic of the outputs of `modules` over all tokens that pass; keeps no activations.
 
     Args:
@@ -105,18 +120,10 @@ class Watch:
         self.tokens_seen = 0
         self.largest = [dict(value=0.0, ratio=0.0)] * len(self.modules)
 
-    def __enter__(self):
-        self.handles = [self.model.register_forward_pre_hook(self._remember_tokens)]
-        for i, module in enumerate(self.modules):
-            self.handles.append(module.register_forward_hook(functools.partial(self._add, i)))
-        self.eager = torch.compiler.set_stance("force_eager")  # compiled blocks would run past the hooks
-        self.eager.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.eager.__exit__(*error)
-        for handle in self.handles:
-            handle.remove()
+    def attach(self):
+        modules = enumerate(self.modules)
+        handles = [module.register_forward_hook(functools.partial(self._add, i)) for i, module in modules]
+        return [self.model.register_forward_pre_hook(self._remember_tokens), *handles]
 
     def _remember_tokens(self, model, inputs):
         self.tokens = inputs[0]
@@ -252,7 +259,7 @@ def kurtosis_as_published(model, dataset, autocast, n_tokens: int = 16384) -> di
 # Attention sinks
 
 
-class SinkWatch:
+class SinkWatch(Hooked):
     """While active, measures per layer and head how much attention later tokens give to the first one.
 
     share [H] is that attention; inside [H] the mean logit q.k / sqrt(d) on the first token, outside [H] on the other
@@ -268,19 +275,11 @@ class SinkWatch:
         self.counts = torch.zeros(2, len(self.bins) - 1)
         self.passes = 0
 
-    def __enter__(self):
-        self.q, self.handles = None, []
+    def attach(self):
+        handles = [block.attn.at_q.register_forward_hook(self._keep_q) for block in self.blocks]
         for i, block in enumerate(self.blocks):
-            self.handles.append(block.attn.at_q.register_forward_hook(self._keep_q))
-            self.handles.append(block.attn.at_k.register_forward_hook(functools.partial(self._add, i)))
-        self.eager = torch.compiler.set_stance("force_eager")
-        self.eager.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.eager.__exit__(*error)
-        for handle in self.handles:
-            handle.remove()
+            handles.append(block.attn.at_k.register_forward_hook(functools.partial(self._add, i)))
+        return handles
 
     def _keep_q(self, module, inputs, q):
         self.q = q
@@ -288,7 +287,8 @@ class SinkWatch:
     def _add(self, i, module, inputs, k):
         B, H, T, d = self.q.shape
         k = k.repeat_interleave(H // k.shape[1], dim=1)
-        logits = self.q.float() @ k.float().mT / math.sqrt(d)  # [B, H, T, T]
+        with torch.autocast(k.device.type, enabled=False):  # it would take the product in bf16
+            logits = self.q.float() @ k.float().mT / math.sqrt(d)  # [B, H, T, T]
         hidden = torch.ones(T, T, dtype=torch.bool, device=k.device).triu(1)
         attention = logits.masked_fill(hidden, -math.inf).softmax(dim=-1)
         others = ~hidden[1:, 1:]  # token t >= 1 looking at tokens 1 ... t

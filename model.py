@@ -305,10 +305,13 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def model_from_checkpoint(state: dict, device="cpu") -> Transformer:
-    """The model of a checkpoint, in fp32."""
+    """The model of a checkpoint, in the precision it was saved in."""
     unknown = set(state["config"]) - {field.name for field in fields(Config)}
     if unknown:
         raise ValueError(f"the checkpoint's config has unknown entries {sorted(unknown)}: made by a newer version?")
-    model = Transformer(Config(**state["config"]))
-    model.load_state_dict(state["model"])
+    with torch.device("meta"):  # no random numbers for weights that are about to be replaced
+        model = Transformer(Config(**state["config"]))
+    model.load_state_dict(state["model"], assign=True)
+    if model.config.tie_embeddings:
+        model.head.weight = model.embed.weight
     return model.to(device)

@@ -120,20 +120,21 @@ def draw_activations(pictures):
     return figure
 
 
-def draw_curves(pictures):
+def draw_curves(series: list[tuple[str, list[dict]]], floor: float):
+    """`series`: (label, records of log.jsonl), one a run."""
     figure, (left, right) = panels(2, 5.2, 3.6)
     named = set()
-    for p in pictures:
-        color, line, _ = style(p.label)
-        points = [r for r in p.log if "val_loss" in r]
+    for label, log in series:
+        color, line, _ = style(label)
+        points = [r for r in log if "val_loss" in r]
         millions = [r["tokens"] / 1e6 for r in points]
-        kwargs = dict(color=color, linestyle=line, linewidth=1.5, label=None if p.label in named else p.label)
+        kwargs = dict(color=color, linestyle=line, linewidth=1.5, label=None if label in named else label)
         left.plot(millions[1:], [r["val_loss"] for r in points][1:], **kwargs)  # the first is ln V for all
         right.plot(millions, [r["kurtosis"] for r in points], **kwargs)
-        named.add(p.label)
+        named.add(label)
     left.set_ylabel("validation loss (nats per token)")
     left.grid(alpha=0.3)
-    kurtosis_axis(right, pictures[0].result["kurtosis_floor"])
+    kurtosis_axis(right, floor)
     for axis in (left, right):
         axis.set_xlabel("training tokens (millions)")
     right.legend(fontsize=8)
@@ -177,16 +178,18 @@ def draw_sinks(pictures):
     return figure
 
 
-def draw_learning_rates(pictures):
+def draw_learning_rates(points: dict[str, list[tuple[float, float, float]]], floor: float):
+    """`points`: for each label (learning rate, kurtosis, validation loss) of its runs; a line joins the means."""
     figure, (left, right) = panels(2, 5.2, 3.6)
-    for label in dict.fromkeys(p.label for p in pictures):
+    for label, group in points.items():
         color, line, marker = style(label)
-        group = [p for p in pictures if p.label == label]
-        points = sorted((p.options["lr"], p.result["kurtosis"], p.result["val_loss"]) for p in group)
-        rates, kurtosis, loss = zip(*points)
-        left.plot(rates, kurtosis, color=color, linestyle=line, marker=marker, label=label)
-        right.plot(rates, loss, color=color, linestyle=line, marker=marker, label=label)
-    kurtosis_axis(left, pictures[0].result["kurtosis_floor"])
+        for axis, column in ((left, 1), (right, 2)):
+            means = {}
+            for point in sorted(group):
+                means.setdefault(point[0], []).append(point[column])
+            axis.plot(list(means), [sum(v) / len(v) for v in means.values()], color=color, linestyle=line, label=label)
+            axis.scatter([p[0] for p in group], [p[column] for p in group], color=color, marker=marker, s=18)
+    kurtosis_axis(left, floor)
     right.set_ylabel("validation loss (nats per token)")
     right.grid(alpha=0.3)
     for axis in (left, right):
@@ -196,24 +199,27 @@ def draw_learning_rates(pictures):
     return figure
 
 
+def save(figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
 def draw_all(pictures: list[Picture], out: Path) -> list[Path]:
     """Write the figures that these targets allow; returns their paths."""
-    figures = {"activations": draw_activations, "layers": draw_layers, "sinks": draw_sinks}
-    if any("val_loss" in record for p in pictures for record in p.log):
-        figures["curves"] = draw_curves
-    rates = {}
+    floor = pictures[0].result["kurtosis_floor"]
+    draw = {"activations": draw_activations, "layers": draw_layers, "sinks": draw_sinks}
+    figures = {name: function(pictures) for name, function in draw.items()}
+    series = [(p.label, p.log) for p in pictures if any("val_loss" in record for record in p.log)]
+    if series:
+        figures["curves"] = draw_curves(series, floor)
+    points = {}
     for p in pictures:
-        rates.setdefault(p.label, set()).add(p.options.get("lr"))
-    if any(len(each) > 1 for each in rates.values()):
-        figures["learning_rates"] = draw_learning_rates
-    out.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, draw in figures.items():
-        figure = draw(pictures)
-        figure.savefig(out / f"{name}.png", dpi=110)
-        plt.close(figure)
-        paths.append(out / f"{name}.png")
-    return paths
+        points.setdefault(p.label, []).append((p.options["lr"], p.result["kurtosis"], p.result["val_loss"]))
+    if any(len({rate for rate, _, _ in group}) > 1 for group in points.values()):
+        figures["learning_rates"] = draw_learning_rates(points, floor)
+    return [save(figure, out / f"{name}.png") for name, figure in figures.items()]
 
 
 def draw_runs(rows: list[dict], out: Path, device: str, autocast) -> list[Path]:

@@ -156,6 +156,15 @@ def test_the_histogram_of_logits_counts_every_pair_once(val):
     assert len(counts[0]) == len(SinkWatch.bins) - 1
 
 
+def test_everything_can_be_measured_in_bfloat16(val):
+    half, model = torch.autocast("cpu", dtype=torch.bfloat16), model_with()
+    a, b = (measure(model, val, 8, context) for context in (half, nullcontext()))
+    assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-2)
+    a, b = (attention_sinks(model, val, context, histogram=(0, 1)) for context in (half, nullcontext()))
+    assert np.allclose(a["share"], b["share"], atol=1e-3) and np.allclose(a["outside"], b["outside"], atol=1e-2)
+    assert sum(a["counts"][1]) == sum(b["counts"][1])
+
+
 def test_published_kurtosis_feeds_single_tokens_and_context_matters(val):
     """The script's call is [T, 1]: attention then sees nothing. A model that attends must differ from the [1, T] call."""
     model = model_with()

@@ -11,7 +11,7 @@ from launch import finish, run, start
 
 import train
 from eval import excess_kurtosis, gaussian_floor
-from model import load_checkpoint
+from model import load_checkpoint, model_from_checkpoint
 
 
 def tensors(value, path=""):
@@ -218,6 +218,16 @@ def test_two_runs_started_together_get_directories_of_their_own(small_run, tmp_p
     for _ in range(2):
         train.main([*small_run, "--osp", "--steps", "1"])
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["words-tiny-osp", "words-tiny-osp-2"]
+
+
+def test_a_tied_model_survives_its_checkpoint():
+    torch.manual_seed(0)
+    model = train.Transformer(train.Config(tie_embeddings=True))
+    state = dict(config=vars(model.config), model=model.state_dict())
+    again = model_from_checkpoint(state)
+    assert again.head.weight is again.embed.weight
+    tokens = torch.randint(256, (1, 9))
+    assert torch.equal(again(tokens), model(tokens))
 
 
 def test_dry_run_counts_the_paper_model_without_memory(capsys):

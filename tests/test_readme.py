@@ -1,0 +1,30 @@
+import re
+from pathlib import Path
+
+import train
+from results.tables import TABLES, filled
+
+ROOT = Path(train.__file__).parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_table_of_the_readme_is_what_the_logs_say():
+    assert filled(README) == README, "run python results/tables.py"
+    assert set(re.findall(r"<!-- table (\S+) -->", README)) == set(TABLES)
+
+
+def test_a_changed_digit_would_be_noticed():
+    loss = re.search(r"nats|\d\.\d{4}", README[README.index("<!-- table first_minute") :]).group()
+    assert filled(README.replace(loss, "0.0001")) != README.replace(loss, "0.0001")
+
+
+def test_every_option_and_file_the_readme_names_exists():
+    options = set(train.build_parser()._option_string_actions) | {"--text", "--as-published", "--prompt", "--nproc-per-node"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", re.sub(r"<!--.*?-->", "", README))) <= options
+    for name in re.findall(r"\]\(([^)#:]+)\)|`(results/[^`]+?)`", README):
+        assert (ROOT / (name[0] or name[1])).exists(), name
+
+
+def test_figures_are_small():
+    for path in (ROOT / "assets").glob("*.png"):
+        assert path.stat().st_size < 200_000, path
