@@ -107,9 +107,10 @@ def draw_activations(pictures):
     shown = one_of_each(pictures)
     figure, axes = panels(len(shown))
     top = max(p.activations.max().item() for p in shown)
+    colors = plt.get_cmap("inferno", 12)  # few colours make small files
     for axis, p in zip(axes, shown):
         shown_values = p.activations.clamp(min=1).numpy()  # [T, D]
-        image = axis.imshow(shown_values, norm=LogNorm(1, top), cmap="inferno", aspect="auto", interpolation="nearest")
+        image = axis.imshow(shown_values, norm=LogNorm(1, top), cmap=colors, aspect="auto", interpolation="nearest")
         axis.set_title(f"{p.label}: {state_name(p.state)}\nmaximum {p.activations.max():.0f} x median", fontsize=10)
         axis.set_xlabel("channel")
         axis.set_ylabel("token")
@@ -201,7 +202,7 @@ def draw_learning_rates(points: dict[str, list[tuple[float, float, float]]], flo
 
 def save(figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=75 if len(figure.axes) > 3 else 110)  # about as wide as a README, and under 200 kB
     plt.close(figure)
     return path
 

@@ -31,7 +31,7 @@ def first_minute() -> str:
             text = (HERE / f"first_minute/{name}-{row}.txt").read_text()
             command = re.match(r"\$ (.*?)  ", text).group(1)
             loss, bits = re.search(r"validation loss +(\S+) nats per token = (\S+)", text).groups()
-            kurtosis, floor = re.search(r"excess kurtosis +(\S+) \(.*: (\S+)\)", text).groups()
+            kurtosis, floor = re.search(r"(?m)^excess kurtosis +(\S+) \(.*: (\S+)\)", text).groups()
             speed, seconds = re.search(r"speed +(\S+) tokens/s in training, (\d+) s", text).groups()
             rows.append([f"`{command}`", f"{machine}, `{name}`", loss, bits, kurtosis, floor, speed, f"{seconds} s"])
     head = ["command", "where", "validation loss", "bits per byte", "excess kurtosis", "Gaussian", "tokens/s", "time"]
@@ -69,8 +69,8 @@ TABLES = {
 
 def filled(readme: str) -> str:
     """`readme` with every table made new."""
-    pattern = r"(<!-- table (\S+) -->\n).*?(\n<!-- end -->)"
-    return re.sub(pattern, lambda m: m.group(1) + TABLES[m.group(2)]() + m.group(3), readme, flags=re.S)
+    pattern = r"(<!-- table (\S+) -->\n).*?(<!-- end -->)"
+    return re.sub(pattern, lambda m: f"{m.group(1)}{TABLES[m.group(2)]()}\n{m.group(3)}", readme, flags=re.S)
 
 
 def figures():
