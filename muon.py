@@ -70,7 +70,7 @@ def orthogonalize_across_ranks(stack):
     out = stack.new_zeros(share, *stack.shape[1:])
     out[: len(mine)] = newton_schulz(mine)
     gathered = stack.new_empty(world * share, *stack.shape[1:])
-    dist.all_gather_into_tensor(gathered, out)
+    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(gathered, out)  # renamed in torch 2.13
     return gathered[:k]
 
 

@@ -636,6 +636,8 @@ def main(argv=None):
         say(f"preset {opt.preset} on {opt.device} in {opt.dtype}: optimizer {opt.optimizer}, norm {opt.norm}, "
             f"embproj {'on' if opt.embproj else 'off'}, {opt.steps} steps (--preset, --steps, ... change that)")
         summary = train(opt, state, Ranks.start(opt.device), say)
+        if dist.is_initialized():
+            dist.barrier()  # leave together: a rank that is gone early can break the others' goodbye
         summary["wall_s"] = time.perf_counter() - began
         if first():
             print(json.dumps(summary) if opt.json else summarize(opt, summary))
