@@ -60,8 +60,6 @@ YES_NO = argparse.BooleanOptionalAction
 LAUNCH = {"json", "resume", "dry_run", "osp", "out", "ablation", "full", "seeds"}
 # Options that may change on --resume:
 MAY_CHANGE = {"steps", "cooldown", "micro_batch_size", "eval_every", "save_every", "data", "device", "compile"}
-
-
 LAST_GOOD = "the run's checkpoint is the last good state. Try a lower --lr"
 
 
@@ -378,16 +376,25 @@ def load_state(state, model, optimizers, dataset):
 
 
 class StopSignal:
-    """Ctrl-C or SIGTERM: remember it, so that the step can be finished. A second Ctrl-C ends the program at once."""
+    """Ctrl-C or SIGTERM: remember it, so that the step can be finished. A second Ctrl-C ends the program at once.
+
+    Second means two seconds later: torchrun passes on what a terminal has already sent to all processes.
+    """
 
     def __init__(self):
-        self.received = 0
+        self.received, self.when = 0, math.inf
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._remember)
 
     def _remember(self, number, frame):
-        self.received = number
+        if number == signal.SIGINT and time.monotonic() > self.when + 2:
+            raise KeyboardInterrupt
+        self.received, self.when = number, min(self.when, time.monotonic())
+
+    @staticmethod
+    def no_longer():
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -485,6 +492,7 @@ def train(opt, state, ranks, say) -> dict:
             bar.close()
             say(f"stopped after step {step}; all is saved, go on with {resume_command(run.path, ranks.world)}")
             sys.exit(128 + (stop.received or signal.SIGTERM))
+    stop.no_longer()
     timed = times[1:] or times  # the first step compiles
     return dict(result, step=opt.steps, tokens=opt.steps * tokens_per_step, loss=loss, run=str(run.path),
                 tokens_per_s=tokens_per_step * len(timed) / sum(timed),
@@ -653,7 +661,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         sys.exit("interrupted")
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        StopSignal.no_longer()
         if dist.is_initialized():
             dist.destroy_process_group()
 
