@@ -11,13 +11,17 @@ about 0 for Gaussian values and about D - 3 if one channel holds everything: the
 We take it over the channels of one token, centred, and average over all tokens of whole sequences. The headline is
 the mean over the states of the residual stream: embedding output, output of every block.
 
+Words used here: a *site* is a place in every layer whose values we look at, a *state* one layer's residual stream, a
+*window* a sequence of tokens to evaluate on, the *floor* what Gaussian vectors would measure.
 Read it top to bottom: statistics of vectors, watching a model's sites, evaluation, sinks, sampling, targets, output.
 """
 
 import argparse
+import difflib
 import functools
 import json
 import math
+import os
 import sys
 import time
 from contextlib import ExitStack, nullcontext
@@ -42,7 +46,7 @@ def excess_kurtosis(x):
     x = x / x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)  # fourth powers of huge numbers would overflow
     x = x - x.mean(dim=-1, keepdim=True)
     variance = x.square().mean(dim=-1)
-    return x.pow(4).mean(dim=-1) / variance.square().clamp(min=1e-24) - 3 * (variance > 1e-12)
+    return x.pow(4).mean(dim=-1) / variance.square().clamp(min=1e-24) - 3 * (variance > 1e-12)  # 0 - 0 if constant
 
 
 def gaussian_floor(dim: int) -> float:
@@ -91,7 +95,7 @@ def published_states(model: Transformer) -> list:
 
 
 class Hooked:
-    """A context in which the hooks of attach() are active. Compiled blocks would run past hooks, so they run eagerly."""
+    """A context in which the hooks of attach() are active. Compiled blocks run past hooks, so all runs eagerly."""
 
     def __enter__(self):
         self.handles = self.attach()
@@ -168,7 +172,8 @@ class TextBlocks:
     def windows(self, index):
         return self.blocks[index]
 
-    evaluation_windows = Dataset.evaluation_windows
+    def evaluation_windows(self, n: int):
+        return Dataset.evaluation_windows(self, n)
 
 
 @torch.no_grad()
@@ -240,7 +245,8 @@ def kurtosis_as_published(model, dataset, autocast, n_tokens: int = 16384) -> di
     """The paper's kurtosis, for comparison with its numbers: every token alone, as a sequence of length 1, so at
     position 0 and without context; published_kurtosis over published_states; its floor beside it.
 
-    (Official implementation: evaluate_kurtosis.py, line 35: `seq.unsqueeze(1)` turns 2048 tokens into 2048 sequences.)
+    (Official implementation: evaluate_kurtosis.py, line 35: `seq.unsqueeze(1)` turns 2048 tokens into 2048 sequences.
+    Its text is C4, ours the validation text: in bytes only some 64 different tokens, weighted by how often they come.)
     """
     n = max(1, n_tokens // dataset.windows(np.array([0])).shape[1])
     tokens = torch.from_numpy(dataset.windows(dataset.evaluation_windows(n)).reshape(-1, 1))  # [tokens, 1]
@@ -273,7 +279,7 @@ class SinkWatch(Hooked):
         self.blocks, self.histogram = model.blocks, histogram
         self.sums = [0.0] * len(model.blocks)  # each [3, H]
         self.counts = torch.zeros(2, len(self.bins) - 1)
-        self.passes = 0
+        self.sequences = 0
 
     def attach(self):
         handles = [block.attn.at_q.register_forward_hook(self._keep_q) for block in self.blocks]
@@ -295,13 +301,13 @@ class SinkWatch(Hooked):
         inside, outside = logits[:, :, 1:, 0], logits[:, :, 1:, 1:][:, :, others]  # [B, H, T-1], [B, H, T(T-1)/2]
         means = [attention[:, :, 1:, 0].mean(dim=(0, 2)), inside.mean(dim=(0, 2)), outside.mean(dim=(0, 2))]
         self.sums[i] += B * torch.stack(means)
-        self.passes += B if i == 0 else 0
+        self.sequences += B if i == 0 else 0
         if self.histogram and self.histogram[0] == i:
             for row, values in enumerate((inside, outside)):
                 self.counts[row] += torch.histc(values[:, self.histogram[1]], len(self.bins) - 1, -20, 20).cpu()
 
     def result(self) -> dict:
-        share, inside, outside = (torch.stack(self.sums).cpu() / self.passes).unbind(dim=1)  # each [L, H]
+        share, inside, outside = (torch.stack(self.sums).cpu() / self.sequences).unbind(dim=1)  # each [L, H]
         return dict(share=share.tolist(), inside=inside.tolist(), outside=outside.tolist())
 
 
@@ -413,7 +419,7 @@ def describe(target: Target, r: dict) -> str:
     top, sinks = r["largest"][state], r["sinks"]
     layer, head = strongest_sink(sinks)
     share, inside, outside = (sinks[name][layer][head] for name in ("share", "inside", "outside"))
-    bits = f", {r['bits_per_byte']:.4f} bits per byte" if r["bits_per_byte"] else ""
+    even, bits = sinks["uniform"], f", {r['bits_per_byte']:.4f} bits per byte" if r["bits_per_byte"] else ""
     where = "embedding output" if state == 0 else f"output of block {state}"
     token = target.encoding.decode([top["token"]])
     lines = [
@@ -422,8 +428,9 @@ def describe(target: Target, r: dict) -> str:
         f"  excess kurtosis  {r['kurtosis']:.3f} (Gaussian {r['kurtosis_floor']:.3f}), mean over the residual stream",
         f"  largest |x|      {top['value']:.1f}, {top['ratio']:.0f} times the median of its sequence: {where}, "
         f"channel {top['channel']}, position {top['position']}, token {token!r}",
-        f"  attention sinks  {n_sinks(sinks)} heads give the first token over 30 % (even: {sinks['uniform']:.1%}); "
-        f"most, {share:.0%}, layer {layer + 1} head {head + 1}: mean logit {inside:.2f} there, {outside:.2f} elsewhere",
+        f"  attention sinks  {n_sinks(sinks)} heads give the first token over 30 % (even attention gives {even:.1%});",
+        f"                   most, {share:.1%}, block {layer + 1} head {head}, with a mean logit of {inside:.2f} on it "
+        f"and {outside:.2f} on others",
         f"  measured         {r['tokens']:,} tokens at {r['tokens_per_s']:,.0f} tokens/s, "
         f"peak memory {r['peak_memory_gib']:.2f} GiB",
     ]
@@ -441,7 +448,9 @@ def describe(target: Target, r: dict) -> str:
         columns["final norm"] = [None] * i + columns["final norm"] if last else [None] * (i + 1)
         cells = "".join(f"{'' if values[i] is None else format(values[i], '.2f'):>18}" for values in columns.values())
         lines.append(f"  {'block ' + str(i + 1):<23}{cells}")
-    lines.append(f"  {'Gaussian':<23}" + "".join(f"{site['floor']:>18.3f}" for site in r["sites"].values()))
+    floors = {name: f"{site['floor']:.3f}" for name, site in r["sites"].items()}
+    floors["ffn hidden"] = "-"  # a product of two numbers, never Gaussian, even at the start
+    lines.append(f"  {'Gaussian':<23}" + "".join(f"{floor:>18}" for floor in floors.values()))
     return "\n".join(lines)
 
 
@@ -459,6 +468,30 @@ def comparison(rows: list[dict]) -> str:
             line += f"{r['kurtosis_as_published']:>9.3f}{r['kurtosis_as_published_floor']:>9.3f}"
         lines.append(line + f"{top['value']:>9.1f}{top['ratio']:>9.0f}{n_sinks(r['sinks']):>6}")
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine and the command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that takes --batch_size for --batch-size, names the nearest option for a misspelt one, and is brief."""
+
+    def parse(self, argv):
+        def dashes(word):
+            name, *value = word.split("=", 1)
+            return "=".join([name.replace("_", "-"), *value]) if word.startswith("--") else word
+
+        args, unknown = self.parse_known_args([dashes(word) for word in argv])
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
+            self.error(f"unknown option {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+        return args
+
+    def error(self, message):
+        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, the one that talks
+            print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
 
 
 def pick_device(asked: str | None, error) -> str:
@@ -515,9 +548,8 @@ def write(target: Target, args) -> str:
     return target.encoding.decode([*prompt, *drawn])
 
 
-def build_parser() -> argparse.ArgumentParser:
-    layout = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+def build_parser() -> Parser:
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("targets", nargs="+", metavar="TARGET", help="a run directory or a checkpoint file")
     add = p.add_argument_group("measuring").add_argument
     add("--text", type=Path, metavar="FILE", help="measure on this text instead of the run's validation split")
@@ -540,7 +572,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv=None):
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse(sys.argv[1:] if argv is None else argv)
+    if args.seq_len and not args.text:
+        parser.error("--seq-len goes with --text; a run's own validation text is cut as in its training")
+    if args.prompt is not None and (args.plot or args.text or args.as_published):
+        parser.error("--prompt writes instead of measuring: leave out --plot, --text and --as-published")
     args.device = pick_device(args.device, parser.error)
     for name, low in (("tokens", 1), ("temperature", 0), ("top_k", 1), ("batch_size", 1), ("seq_len", 2)):
         value = getattr(args, name)

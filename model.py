@@ -11,13 +11,14 @@ Glossary: name here, symbol in the paper, meaning
     B, T, D, V               -               sequences in a batch, tokens in a sequence, n_embd, vocab_size
     H, d                     -               heads, channels of a head
 
-Deviations from the paper's text, all taken from its released JAX code:
-    SSNorm divides by the root mean square, not by the 2-norm of eq. 3: the same function, with gain = gamma / sqrt(D),
-    so that an initial gain of 1 gives unit RMS. And LLaMA has no biases (the example's are a default of Flax).
+Deviations: SSNorm divides by the root mean square, as the released JAX code does, not by the 2-norm of eq. 3: the same
+function with gain = gamma / sqrt(D), so that the initial gain of 1 gives unit RMS. There are no biases (the released
+example has them, by a default of Flax; the published checkpoints are plain LLaMA).
 
 Read it top to bottom: norms, EmbProj, RoPE, attention, FFN, block, then Config and the model, last the files on disk.
 """
 
+import math
 import os
 import zipfile
 from dataclasses import dataclass, fields, replace
@@ -101,8 +102,10 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # [B, H_kv, T, d]
         v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # [B, H_kv, T, d]
         q, k, v = self.at_q(apply_rope(q, cos, sin)), self.at_k(apply_rope(k, cos, sin)), self.at_v(v)
-        if cache is not None:  # generating: a list that holds the K and V of all tokens before these, or nothing yet
-            k, v = (torch.cat([old, new], dim=2) for old, new in zip(cache or (k[:, :, :0], v[:, :, :0]), (k, v)))
+        if cache is not None:  # generating: a list, empty at first, then K and V of all tokens so far
+            if cache:
+                assert T == 1, "after the prompt, one token at a time"  # is_causal below would misalign several
+                k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)  # [B, H_kv, past + 1, d]
             cache[:] = k, v
         if self.n_kv_head < self.n_head:
             k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))  # [B, H, T, d]
@@ -174,7 +177,7 @@ class Config:
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd, but RoPE rotates pairs of channels")
-        self.n_ffn = self.n_ffn or -(-8 * self.n_embd // (3 * 128)) * 128
+        self.n_ffn = self.n_ffn or math.ceil(8 * self.n_embd / (3 * 128)) * 128
 
 
 PRESETS = {  # the shapes; how long and how fast each is trained stands in train.py
@@ -183,7 +186,7 @@ PRESETS = {  # the shapes; how long and how fast each is trained stands in train
     "small": dict(n_layer=12, n_head=12, n_embd=768),  # one GPU, real text
     "1.4b": dict(
         n_layer=24, n_head=16, n_embd=2048, vocab_size=49152
-    ),  # the paper's model: 1,415,577,600 parameters + norms
+    ),  # the paper's size: 1,415,577,600 + norms
 }
 
 
@@ -214,7 +217,8 @@ class Transformer(nn.Module):
                 nn.init.orthogonal_(module.weight)
             elif isinstance(module, (nn.Linear, nn.Embedding)):
                 writes_to_stream = name.endswith(("o_proj", "down_proj"))
-                nn.init.normal_(module.weight, std=0.02 / (2 * self.config.n_layer) ** (0.5 if writes_to_stream else 0))
+                smaller = math.sqrt(2 * self.config.n_layer) if writes_to_stream else 1
+                nn.init.normal_(module.weight, std=0.02 / smaller)
 
     def forward(self, tokens, targets=None, cache=None):
         """Logits [B, T, V] in fp32 or, if `targets` [B, T] are given, only the mean cross-entropy in nats per token.
@@ -287,9 +291,8 @@ def load_checkpoint(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        with zipfile.ZipFile(
-            path
-        ) as archive:  # torch does not verify the checksums it writes; a flipped bit would go unseen
+        # torch does not verify the checksums it writes; a flipped bit would go unseen
+        with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile("a checksum does not match")
         state = torch.load(path, map_location="cpu", weights_only=True)

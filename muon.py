@@ -8,12 +8,13 @@ Glossary: name here, symbol in the paper or its code, meaning
     newton_schulz   eq. 2          the approximate map G = U S V^T -> U V^T
     momentum        buf            heavy-ball sum of gradients, buf = g + beta buf
     X, A, B         optimization.py   the iterate and its Gram polynomials
-Official implementation: dmis-lab/Outlier-Safe-Pre-Training, optimization.py. Same rule; we stack matrices differently.
+Official implementation: dmis-lab/Outlier-Safe-Pre-Training, optimization.py. The paper gives no more than eq. 2;
+momentum, coefficients (Jordan 2024) and the factor 0.2 sqrt(max) (RMS matching, Moonlight 2025) are that code's.
 
 Two limits worth knowing. The step has a fixed size: the learning rate alone says how far the weights move, however
 small the gradient (below about 1e-8 it fades out). And it only makes sense for matrices that map one set of channels to
-another. An embedding is a table of rows, most of them untouched by a batch; it and the head stay with AdamW (the
-paper's default; "muon-only" is its dagger row).
+another. An embedding is a table of rows, most of them untouched by a batch: it stays with AdamW, as in the paper, and
+so does the head, of which the paper does not speak ("muon-only" is its dagger row, Muon for all).
 """
 
 import math
@@ -55,7 +56,8 @@ def muon_update(grad, momentum, beta: float = 0.95, orthogonalize=newton_schulz)
     else:  # no singular values here: the official code divides by the 2-norm. For SSNorm's one number that is its sign.
         rows = u.view(len(u), -1)  # [k, n], n = 1 for scalars
         unit = (rows / (rows.norm(dim=1, keepdim=True) + 1e-8)).view_as(u)
-    # sqrt(max) brings a typical entry of `unit` to about 1; 0.2 is the typical size of Adam's: equal lr, equal steps
+    # m orthonormal rows of length n >= m have a typical entry of 1 / sqrt(n); sqrt(max) brings it to 1, and 0.2 is the
+    # typical size of Adam's: at equal lr, equal steps
     return 0.2 * math.sqrt(max(grad.shape[1:], default=1)) * unit, momentum
 
 
@@ -129,15 +131,15 @@ class Muon(torch.optim.Optimizer):
         return loss
 
 
-# Who is optimized by what. The module decides, never the shape.
+# Who is optimized by what. The module's type and name decide: an embedding has the shape of any matrix.
 
-ROLES = {
-    "embedding": "token embedding: a table of rows, of which a batch touches a few",
-    "head": "one row per vocabulary entry",
-    "matrix": "linear maps inside the blocks",
-    "embproj": "EmbProj, the two D x D maps beside embedding and head",
-    "gain": "scales of the norms, vectors (RMSNorm) or single numbers (SSNorm)",
-}
+ROLES = (
+    "embedding",  # a table of rows, of which a batch touches a few
+    "head",  # one row per vocabulary entry
+    "matrix",  # linear maps inside the blocks
+    "embproj",  # the two D x D maps beside embedding and head
+    "gain",  # scales of the norms, vectors (RMSNorm) or single numbers (SSNorm)
+)
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:

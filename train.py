@@ -3,14 +3,13 @@
     python train.py --osp                            OSP on Shakespeare: Muon + SSNorm + EmbProj
     python train.py                                  the same model the usual way: Adam, RMSNorm
     python train.py --optimizer muon --norm ss       any part of OSP alone
-    python train.py --resume runs/NAME               go on where a run stopped, bit for bit
-    torchrun --nproc-per-node 8 train.py --osp --preset 1.4b --data DIR
+    python train.py --resume runs/NAME               go on where a run stopped (on a CPU bit for bit)
+    torchrun --nproc-per-node 8 train.py --osp --preset 1.4b --data DIR --vocab-size 50304
 
 A run is a directory: config.json (the options), log.jsonl (one JSON object a line), ckpt.pt.
 """
 
 import argparse
-import difflib
 import itertools
 import json
 import math
@@ -32,7 +31,7 @@ from tqdm import tqdm
 
 from data.prepare import prepare
 from data.tokens import Dataset, find_dataset, read_meta
-from eval import evaluate, load_target, measure_target, peak_memory_gib, pick_device, precision
+from eval import Parser, evaluate, load_target, measure_target, peak_memory_gib, pick_device, precision, strongest_state
 from model import PRESETS, Config, Transformer, load_checkpoint, save_checkpoint
 from muon import make_optimizers, optimizer_table
 
@@ -43,8 +42,9 @@ except ImportError:
 
 ROOT = Path(__file__).resolve().parent
 
-# How each preset is trained unless told otherwise. Learning rates are the best of a sweep (README, "Learning rates");
-# beside Muon, AdamW trains embedding and head at twice --lr. Shakespeare's runs end before the model overfits.
+# How each preset is trained unless told otherwise. The learning rates of tiny and toy come from a sweep (README,
+# "Learning rates"), small's are untested; beside Muon, AdamW trains embedding and head at twice --lr. The runs on
+# Shakespeare end before the model overfits.
 TRAINING = {
     "tiny": dict(seq_len=128, batch_size=16, steps=800, eval_windows=256, adam_lr=3e-3, muon_lr=6e-3),
     "toy": dict(seq_len=256, batch_size=64, steps=1000, eval_windows=512, adam_lr=5e-4, muon_lr=4e-3),
@@ -72,26 +72,6 @@ def first() -> bool:
 # Options
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that accepts --batch_size for --batch-size and names the nearest option for a misspelt one."""
-
-    def parse(self, argv):
-        def dashes(word):
-            name, *value = word.split("=", 1)
-            return "=".join([name.replace("_", "-"), *value]) if word.startswith("--") else word
-
-        args, unknown = self.parse_known_args([dashes(word) for word in argv])
-        if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
-            self.error(f"unknown option {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
-        return args
-
-    def error(self, message):
-        if first():
-            super().error(message)
-        sys.exit(2)
-
-
 def build_parser() -> Parser:
     """Every option. None means not given: the preset or, on --resume, the run decides."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -105,7 +85,7 @@ def build_parser() -> Parser:
 
     add = p.add_argument_group("the model and its text").add_argument
     add("--preset", choices=list(PRESETS),
-        help="shape and schedule: tiny for a CPU, toy for a GPU, small and 1.4b for real text (default: by device)")
+        help="shape and schedule: tiny for a CPU, toy for a GPU, small and 1.4b for real text (default: toy on CUDA)")
     add("--data", help="what data/prepare.py made, or any folder of llm.c or nanoGPT .bin files (default: shakespeare)")
     add("--n-layer", type=int, help="blocks, instead of the preset's")
     add("--n-head", type=int, help="attention heads, instead of the preset's")
@@ -127,9 +107,9 @@ def build_parser() -> Parser:
 
     add = p.add_argument_group("the run").add_argument
     add("--out", help="the run's directory (default: a new one under runs/)")
-    add("--resume", metavar="DIR", help="go on with a run; it keeps its options, but --steps may grow")
-    add("--eval-every", type=int, help="steps between evaluations (default: 10 in a run; 1.4b and small: often)")
-    add("--save-every", type=int, help="steps between checkpoints (default: 4 in a run; 1.4b and small: often)")
+    add("--resume", metavar="DIR", help="go on with a run, with its options; with more --steps the rate climbs again")
+    add("--eval-every", type=int, help="steps between evaluations (default: a tenth of --steps; small 200, 1.4b 250)")
+    add("--save-every", type=int, help="steps between checkpoints (default: a quarter of --steps; small 200, 1.4b 250)")
     add("--device", choices=["cuda", "mps", "cpu"], help="default: the first of these that is there")
     add("--dtype", choices=["float32", "bfloat16"],
         help="of matrix products; weights stay float32 (default: bfloat16 on CUDA)")
@@ -184,7 +164,7 @@ def fill_in(opt):
     defaults = dict(preset, lr=preset["adam_lr" if opt.optimizer == "adam" else "muon_lr"], weight_decay=0.01,
                     grad_clip=1.0, seed=0, dtype="bfloat16" if on_cuda else "float32", compile=on_cuda)
     for name, value in defaults.items():
-        if getattr(opt, name, 0) is None:
+        if getattr(opt, name, 0) is None:  # 0: the preset also has entries that are not options
             setattr(opt, name, value)
     follow = dict(embed_lr=2 * opt.lr, warmup=opt.steps // 20, cooldown=opt.steps // 5,
                   eval_every=max(1, opt.steps // 10), save_every=max(1, opt.steps // 4))
@@ -258,7 +238,10 @@ class Ranks:
 
 
 def trapezoid(step: int, steps: int, warmup: int, cooldown: int) -> float:
-    """Share of the peak learning rate in step 1 ... steps: up during warmup, flat, down during cooldown (App. A.1)."""
+    """Share of the peak learning rate in step 1 ... steps: up during warmup, flat, down during cooldown (App. A.1).
+
+    The + 1: it would be zero in the step before the first and in the one after the last.
+    """
     return min(1.0, step / (warmup + 1), (steps - step + 1) / (cooldown + 1))
 
 
@@ -330,7 +313,8 @@ class Run:
         for line in self.log_file:
             end += len(line)
             try:
-                kept = end if json.loads(line)["step"] <= start > 0 else kept
+                if json.loads(line)["step"] <= start and start > 0:
+                    kept = end
             except (ValueError, TypeError, KeyError):  # a line torn by a crash
                 pass
         self.log_file.truncate(kept)
@@ -513,16 +497,18 @@ def dry_run(opt):
     with torch.device("meta"):
         model = Transformer(model_config(opt, vocab_size))
         optimizers = make_optimizers(model, opt.optimizer, opt.lr, opt.embed_lr, opt.weight_decay)
-    n, tokens, gib = sum(p.numel() for p in model.parameters()), opt.batch_size * opt.seq_len, 4 / 2**30
+    n, tokens, mib = sum(p.numel() for p in model.parameters()), opt.batch_size * opt.seq_len, 4 / 2**20
     adamw = [o for o in optimizers if isinstance(o, torch.optim.AdamW)]
     state = n + sum(p.numel() for optimizer in adamw for group in optimizer.param_groups for p in group["params"])
     if opt.json:
         print(json.dumps(dict(parameters=n, optimizer_state=state, tokens_per_step=tokens, tokens=tokens * opt.steps)))
         return
+    if not (directory and directory.is_dir()) and "vocab_size" not in PRESETS[opt.preset]:
+        print("vocabulary 256 assumed, of bytes; --data says what it will be")
     print(f"""{model.config}
 {optimizer_table(optimizers)}
 parameters  {n:,}
-memory      {n * gib:.2f} GiB weights, {n * gib:.2f} GiB gradients, {state * gib:.2f} GiB optimizer state
+memory      {n * mib:,.1f} MiB weights, {n * mib:,.1f} MiB gradients, {state * mib:,.1f} MiB optimizer state
             (fp32; AdamW keeps two numbers a parameter, Muon one), and the activations on top
 tokens      {tokens:,} a step, {tokens * opt.steps:,} in {opt.steps:,} steps""")
 
@@ -602,28 +588,28 @@ def ablation_table(rows: list[dict]) -> str:
     floors = rows[0]["kurtosis_floor"], rows[0]["kurtosis_as_published_floor"]
     lines = [
         f"| model, {len(next(iter(grouped.values())))} seed(s) | validation loss | bits per byte | excess kurtosis "
-        f"(Gaussian {floors[0]:.3f}) | as published (Gaussian {floors[1]:.3f}) | largest activation |",
+        f"(Gaussian {floors[0]:.3f}) | as published (Gaussian {floors[1]:.3f}) | largest activation / median |",
         "|---|---|---|---|---|---|",
     ]
     for label, group in grouped.items():
-        largest = [max(state["value"] for state in r["largest"]) for r in group]
+        largest = [r["largest"][strongest_state(r["largest"])]["ratio"] for r in group]
         bits = cell([r["bits_per_byte"] for r in group], 4) if group[0]["bits_per_byte"] else "-"
         kurtosis, published = (cell([r[k] for r in group], 3) for k in ("kurtosis", "kurtosis_as_published"))
         loss = cell([r["val_loss"] for r in group], 4)
-        lines.append(f"| {label} | {loss} | {bits} | {kurtosis} | {published} | {cell(largest, 1)} |")
+        lines.append(f"| {label} | {loss} | {bits} | {kurtosis} | {published} | {cell(largest, 0)} |")
     return "\n".join(lines)
 
 
 def summarize(opt, s: dict) -> str:
     bits = f" = {s['bits_per_byte']:.4f} bits per byte" if s["bits_per_byte"] else ""
-    other = "            # the same model with plain Adam" if is_osp(opt) else " --osp      # the same model with OSP"
+    other = ", without --osp: plain Adam" if is_osp(opt) else " --osp"
     return f"""
 validation loss    {s['val_loss']:.4f} nats per token{bits}
 excess kurtosis    {s['kurtosis']:.3f} (perfectly Gaussian activations: {s['kurtosis_floor']:.3f})
 speed              {s['tokens_per_s']:,.0f} tokens/s in training, {s['wall_s']:.0f} s in all
 peak memory        {s['peak_memory_gib']:.2f} GiB
 run directory      {os.path.relpath(s['run'])}
-to compare         python {shlex.quote(sys.argv[0])}{other}"""
+to compare         the same command{other}"""
 
 
 def main(argv=None):

@@ -30,7 +30,7 @@ def tokenizer(name: str) -> tiktoken.Encoding:
     Raises ValueError for an unknown name or one that cannot be fetched.
     """
     if name == "bytes":
-        ranks = {bytes([i]): i for i in range(256)}  # one id a byte and no merges
+        ranks = {bytes([i]): i for i in range(256)}  # one id a byte, no merges; the pattern only keeps the pieces short
         return tiktoken.Encoding("bytes", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={})
     if name not in tiktoken.list_encoding_names():
         raise ValueError(f"unknown tokenizer {name!r}: use 'bytes' or one of {tiktoken.list_encoding_names()}")
@@ -80,9 +80,10 @@ def open_shard(path: Path) -> np.memmap:
 def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     """Where a seeded permutation of 0..n-1 sends each `index`.
 
-    A shuffled list of all windows of a large corpus would fill memory. An eight-round Feistel network is a permutation
-    that is computed: whatever the round function f, (L, R) -> (R, L xor f(R)) can be undone. It permutes 0..4^k-1 >= n;
-    a result outside 0..n-1 is sent through again until it falls inside, which keeps the whole one-to-one.
+    A shuffled list of all windows would grow with the corpus: 0.4 GB in every process for 100B tokens, 4 GB for 1T. An
+    eight-round Feistel network is a permutation that is computed instead: whatever the round function f, the step
+    (L, R) -> (R, L xor f(R)) can be undone. It permutes 0 .. 4^half_bits - 1, which includes 0 .. n - 1; a result
+    outside 0 .. n - 1 is sent through again until it falls inside, which keeps the whole one-to-one.
     """
     half_bits = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
     half, mask = np.uint64(half_bits), np.uint64(2**half_bits - 1)

@@ -16,6 +16,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # so that it runs from any directory
 
+from train import ablation_table  # noqa: E402 (it needs the line above)
+
 LABELS = {"adam": "Adam", "osp": "OSP", "muon-only": "Muon-only"}
 
 
@@ -56,13 +58,21 @@ def learning_rates(name: str) -> str:
         rate = f"{lr:g}" + (f", embedding and head {embed_lr:g}" if embed_lr else "")
         loss, kurtosis = ([r[key] for r in runs] for key in ("val_loss", "kurtosis"))
         rows.append([LABELS[row], rate, str(len(runs)), mean_and_spread(loss, 4), mean_and_spread(kurtosis, 2)])
-    return markdown(["", "peak learning rate", "seeds", "validation loss", "excess kurtosis"], rows)
+    return markdown(["", "peak learning rate", "runs", "validation loss", "excess kurtosis"], rows)
+
+
+ROWS = ("adam", "muon-only", "muon", "muon-ss", "muon-embproj", "muon-ss-embproj")  # the paper's order
+
+
+def ablation(preset: str) -> str:
+    files = [HERE / f"ablation_{preset}/{row}-s0.eval.json" for row in ROWS]
+    return ablation_table([json.loads(path.read_text()) for path in files])
 
 
 TABLES = {
     "first_minute": first_minute,
-    "ablation_toy": lambda: (HERE / "ablation_toy/table.md").read_text().strip(),
-    "ablation_tiny": lambda: (HERE / "ablation_tiny/table.md").read_text().strip(),
+    "ablation_toy": lambda: ablation("toy"),
+    "ablation_tiny": lambda: ablation("tiny"),
     **{name: lambda name=name: learning_rates(name) for name in ("tiny-800", "toy-1000", "toy-1200")},
 }
 
@@ -83,7 +93,7 @@ def figures():
     assets, floor = HERE.parent / "assets", runs[0]["kurtosis_floor"]
     yield plot.save(plot.draw_learning_rates(points, floor), assets / "learning_rates_toy.png")
     series = []
-    for row in ("adam", "muon-only", "muon", "muon-ss", "muon-embproj", "muon-ss-embproj"):
+    for row in ROWS:
         folder = HERE / "ablation_toy"
         label = json.loads((folder / f"{row}-s0.eval.json").read_text())["label"]
         log = (folder / f"{row}-s0.log.jsonl").read_text().splitlines()
