@@ -17,7 +17,6 @@ import os
 import re
 import shlex
 import signal
-import statistics
 import sys
 import time
 from contextlib import nullcontext
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 from data.prepare import prepare
 from data.tokens import Dataset, find_dataset, read_meta
-from eval import Parser, evaluate, load_target, measure_target, peak_memory_gib, pick_device, precision, strongest_state
+from eval import Parser, evaluate, peak_memory_gib, pick_device, precision
 from model import PRESETS, Config, Transformer, load_checkpoint, save_checkpoint
 from muon import make_optimizers, optimizer_table
 
@@ -513,93 +512,6 @@ memory      {n * mib:,.1f} MiB weights, {n * mib:,.1f} MiB gradients, {state * m
 tokens      {tokens:,} a step, {tokens * opt.steps:,} in {opt.steps:,} steps""")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The ablation
-
-TABLE_2 = [("adam", "rms", False), ("muon-only", "rms", False), ("muon", "rms", False), ("muon", "ss", False),
-           ("muon", "rms", True), ("muon", "ss", True)]  # optimizer, norm, embproj: the paper's rows, in its order
-LACKING = [("adam", "ss", False), ("adam", "rms", True), ("adam", "ss", True),
-           ("muon-only", "ss", False), ("muon-only", "rms", True), ("muon-only", "ss", True)]
-
-
-def ablation(opt, error, say):
-    """Train every row that is not finished, in one process one after the other; measure, tabulate, draw.
-
-    Killed and started again it goes on where it was: a finished row is kept, an unfinished one resumed.
-    """
-    if opt.resume or opt.osp or opt.optimizer or opt.norm or opt.embproj is not None or opt.dry_run:
-        error("--ablation chooses the parts of OSP itself, and goes on by itself if it is started again")
-    opt.device = pick_device(opt.device, error)
-    opt.preset = opt.preset or default_preset(opt.device)
-    base = Path(opt.out or ROOT / "runs" / f"ablation-{Path(opt.data or 'shakespeare').name}-{opt.preset}")
-    ranks, rows, first_seed = None, [], opt.seed or 0
-    for seed in range(first_seed, first_seed + (1 if opt.seeds is None else opt.seeds)):
-        for optimizer, norm, embproj in TABLE_2 + LACKING * opt.full:
-            row = argparse.Namespace(**vars(opt) | dict(optimizer=optimizer, norm=norm, embproj=embproj, seed=seed))
-            parts = [optimizer] + ["ss"] * (norm == "ss") + ["embproj"] * embproj
-            directory = base / f"{'-'.join(parts)}-s{seed}"
-            done = (directory / "ckpt.pt").exists()
-            row.resume, row.out = (str(directory), None) if done else (None, str(directory))
-            state = complete(row, error)
-            ranks = ranks or Ranks.start(row.device)
-            say(f"\n== {directory.name}" + (f": at step {state['step']} of {row.steps}" if state else ""))
-            if not state or state["step"] < row.steps:
-                train(row, state, ranks, say)
-            if ranks.rank == 0:
-                rows.append(measured(directory, row))
-            if ranks.world > 1:
-                dist.barrier()
-    if first():
-        table = ablation_table(rows)
-        (base / "table.md").write_text(table + "\n")
-        print(json.dumps(rows) if opt.json else f"\n{table}\n\n{base / 'table.md'}")
-        try:
-            import plot  # only now: it needs matplotlib, which is optional
-        except ImportError as missing:
-            return say(f"no figures: {missing}")
-        for path in plot.draw_runs(rows, base / "figures", row.device, precision(row.device, row.dtype)):
-            say(f"wrote {path}")
-
-
-def measured(directory: Path, opt) -> dict:
-    """eval.py's measurement of a finished row, kept beside it so that it is done once."""
-    kept = directory / "eval.json"
-    if kept.exists() and kept.stat().st_mtime > (directory / "ckpt.pt").stat().st_mtime:
-        return json.loads(kept.read_text())
-    target = load_target(directory, opt.device)
-    rows = max(1, 4096 // opt.seq_len)
-    result = measure_target(target, target.dataset(), rows, precision(opt.device, opt.dtype), as_published=True)
-    temporary = directory / "eval.json.tmp"
-    temporary.write_text(json.dumps(dict(result, path=str(directory))) + "\n")
-    os.replace(temporary, kept)
-    return json.loads(kept.read_text())
-
-
-def ablation_table(rows: list[dict]) -> str:
-    """Markdown, one line a configuration: mean, and standard deviation over seeds where there are several."""
-    grouped = {}
-    for row in rows:
-        grouped.setdefault(row["label"], []).append(row)
-
-    def cell(values, digits):
-        mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
-        return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
-
-    floors = rows[0]["kurtosis_floor"], rows[0]["kurtosis_as_published_floor"]
-    lines = [
-        f"| model, {len(next(iter(grouped.values())))} seed(s) | validation loss | bits per byte | excess kurtosis "
-        f"(Gaussian {floors[0]:.3f}) | as published (Gaussian {floors[1]:.3f}) | largest activation / median |",
-        "|---|---|---|---|---|---|",
-    ]
-    for label, group in grouped.items():
-        largest = [r["largest"][strongest_state(r["largest"])]["ratio"] for r in group]
-        bits = cell([r["bits_per_byte"] for r in group], 4) if group[0]["bits_per_byte"] else "-"
-        kurtosis, published = (cell([r[k] for r in group], 3) for k in ("kurtosis", "kurtosis_as_published"))
-        loss = cell([r["val_loss"] for r in group], 4)
-        lines.append(f"| {label} | {loss} | {bits} | {kurtosis} | {published} | {cell(largest, 0)} |")
-    return "\n".join(lines)
-
-
 def summarize(opt, s: dict) -> str:
     bits = f" = {s['bits_per_byte']:.4f} bits per byte" if s["bits_per_byte"] else ""
     other = ", without --osp: plain Adam" if is_osp(opt) else " --osp"
@@ -623,6 +535,8 @@ def main(argv=None):
                 tqdm.write(text, file=sys.stderr if opt.json else sys.stdout)
 
         if opt.ablation:
+            from ablation import ablation  # not at the top: it builds on this file
+
             return ablation(opt, parser.error, say)
         state = complete(opt, parser.error)
         if opt.dry_run:

@@ -16,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # so that it runs from any directory
 
-from train import ablation_table  # noqa: E402 (it needs the line above)
+from ablation import ablation_table  # noqa: E402 (it needs the line above)
 
 LABELS = {"adam": "Adam", "osp": "OSP", "muon-only": "Muon-only"}
 

@@ -50,9 +50,9 @@ def test_twenty_steps_match_torch_optim_muon(shape):
         ours.grad = torch.randn(shape) + 0.5 * torch.ones(shape)
         theirs.grad = ours.grad.clone()
         a.step(), b.step()
-        # torch iterates in bf16, we do in fp32 here: 0.015 (0.04 for the smallest shape) of an update is that rounding.
-        assert gap(ours - before[0], theirs - before[1]) < 0.06
-    assert gap(ours - start, theirs - start) < 0.03
+        # torch iterates in bf16, we do in fp32 here. Measured: 0.016 of an update for 32 x 64, 0.012 for the others.
+        assert gap(ours - before[0], theirs - before[1]) < 0.02
+    assert gap(ours - start, theirs - start) < 0.006  # measured: 0.005, 0.004, 0.004
 
 
 def test_a_step_follows_the_official_formula():
