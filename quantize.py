@@ -1,0 +1,338 @@
+"""Four bits: quantize a trained model by the five methods of the paper's table (Table 4), each in one page.
+
+W-A-KV bits, as in 4-4-4: weights, activations, keys and values; each 2 to 8, or 16 for "leave alone". The methods build
+on each other:
+    rtn        round every weight to the nearest of its 2^b values
+    had        + rotate the FFN's hidden state by a Hadamard matrix, where outliers survive even in OSP models
+    gptq       + let the weights not yet rounded make up for the error of those that are (Frantar et al. 2023)
+    quarot     + rotate the residual stream (R1) and the values (R2) by random Hadamards (Ashkboos et al. 2024)
+    spinquant  + learn R1 and R2 (Liu et al. 2025)
+
+Nothing here is fast: values are rounded to what 4 bits can hold and computed with in full precision ("fake"
+quantization), which measures the damage exactly. Embedding, head and norms stay in 16 bits or more.
+
+Glossary: name here, symbol in the papers, meaning
+    code, scale, zero  q, s, z  a value is s (q - z), with q an integer of b bits; weights have no z (symmetric)
+    R1, R2             -        learned or random rotations, multiplied into the weights: they cost nothing at run time
+    R3                 -        Hadamard on Q and K after RoPE, online; in every method as soon as KV < 16 bits
+    R4                 M4       Hadamard on the FFN's hidden state, online; its inverse is multiplied into down_proj
+    H                  H        GPTQ's Hessian: X^T X of a linear's inputs X
+    D, d, F, L         -        n_embd, head_dim, n_ffn, n_layer
+
+Deviations from the official code (a fork of SpinQuant's): arithmetic is fp32 where theirs is bf16, rotations are
+rounded once instead of up to four times, and embeddings are not centred unless center_embed asks for it (RMSNorm does
+not undo that: it changes the model).
+
+Read it top to bottom: Hadamard matrices, rounding, points, rotations, GPTQ, SpinQuant, quantize(), files, command line.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+from model import Transformer
+
+METHODS = ("rtn", "had", "gptq", "quarot", "spinquant")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hadamard matrices: entries +-1 with H H^T = n I. Divided by sqrt(n) they are rotations that spread whatever is in one
+# channel over all of them, evenly. They are built, not looked up. "Order" is the number of rows.
+
+
+def sylvester(n: int):
+    """Order n = 2^t: H_2n = [[H_n, H_n], [H_n, -H_n]], starting from [1]."""
+    H = torch.ones(1, 1, dtype=torch.float64)
+    while len(H) < n:
+        H = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), H)
+    return H
+
+
+def williamson_172():
+    """Order 172, for the paper's FFN of 5504 = 172 * 32: four symmetric circulant matrices (each row is the one above
+    it, moved right by one) whose squares add up to 172 I, arranged like a quaternion (Williamson 1944)."""
+
+    def circulant(bits: int):
+        row = torch.tensor([1.0 if bits >> (42 - i) & 1 else -1.0 for i in range(43)], dtype=torch.float64)
+        return torch.stack([row.roll(k) for k in range(43)])
+
+    A, B, C, D = map(circulant, (0x467AECDD798, 0x6FC29B650FD, 0x7595E85EA6B, 0x63D260192F1))
+    rows = [[A, B, C, D], [-B, A, -D, C], [-C, D, A, -B], [-D, -C, B, A]]
+    return torch.cat([torch.cat(row, dim=1) for row in rows])
+
+
+def is_prime(q: int) -> bool:
+    return q > 1 and all(q % i for i in range(2, math.isqrt(q) + 1))
+
+
+def paley(order: int):
+    """Order q + 1 (q a prime, q % 4 == 3) or 2 (q + 1) (q % 4 == 1), from which numbers are squares modulo q (Paley
+    1933). None if `order` is neither."""
+    one, two = order - 1, order // 2 - 1
+    q = one if is_prime(one) and one % 4 == 3 else two
+    if q == two and not (order % 4 == 0 and is_prime(q) and q % 4 == 1):
+        return None
+    chi = -torch.ones(q, dtype=torch.float64)  # the Legendre symbol: 1 for squares, -1 for the others, 0 for 0
+    chi[[i * i % q for i in range(1, q)]] = 1
+    chi[0] = 0
+    C = torch.zeros(q + 1, q + 1, dtype=torch.float64)
+    i = torch.arange(q)
+    C[1:, 1:] = chi[(i[:, None] - i) % q]
+    C[0, 1:], C[1:, 0] = 1, -1 if q == one else 1
+    identity = torch.eye(q + 1, dtype=torch.float64)
+    if q == one:
+        return C + identity
+    plus, minus = torch.tensor([[[1, 1], [1, -1]], [[1, -1], [-1, -1]]], dtype=torch.float64)
+    return torch.kron(C, plus) + torch.kron(identity, minus)
+
+
+def hartley(m: int):
+    """Any order: a real Fourier transform, orthogonal, but its entries are not all of one size (up to sqrt(2))."""
+    angle = 2 * math.pi / m * (torch.outer(torch.arange(m), torch.arange(m)) % m).double()
+    return angle.cos() + angle.sin()
+
+
+@functools.lru_cache
+def hadamard_factors(n: int, device="cpu", dtype=torch.float64):
+    """Orthogonal (H [K, K], S [n/K, n/K]) that make up hadamard(n): S is Sylvester's, H is whatever fits the odd part.
+
+    Hartley's matrix, the last resort, is no Hadamard matrix. A random rotation would be worse: for a lone outlier, it
+    loses half of what a Hadamard matrix gains.
+    """
+    power = n & -n  # the largest power of two in n
+    odd = n // power
+    if odd == 1:
+        H = sylvester(2 ** ((power.bit_length() - 1) // 2))  # Sylvester(ab) is Sylvester(a) kron Sylvester(b)
+    elif odd == 43 and power >= 4:
+        H = williamson_172()
+    else:
+        found = (paley(odd * 2**a) for a in range(2, power.bit_length()))
+        H = next((H for H in found if H is not None), None)
+        H = hartley(odd) if H is None else H
+    S = sylvester(n // len(H))
+    return (H / len(H) ** 0.5).to(device, dtype), (S / len(S) ** 0.5).to(device, dtype)
+
+
+def hadamard(n: int):
+    """The whole matrix, H^T kron S, [n, n] in fp64. Orthogonal, but not symmetric: H need not be."""
+    H, S = hadamard_factors(n)
+    return torch.kron(H.mT.contiguous(), S)
+
+
+def hadamard_transform(x):
+    """x @ hadamard(n) along the last axis of x [..., n], as two small products: n (K + n/K) multiplications, not n^2.
+
+    In fp32 or finer, also under autocast; returned in the dtype of x.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    H, S = hadamard_factors(x.shape[-1], x.device, dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        y = H @ x.to(dtype).unflatten(-1, (len(H), len(S))) @ S  # [..., K, n/K]
+    return y.flatten(-2).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rounding
+
+
+class Bits(NamedTuple):
+    """Bits of weights, activations, and keys and values."""
+
+    w: int
+    a: int
+    kv: int
+
+
+def parse_bits(text: str) -> Bits:
+    """ "4-4-4" -> Bits(4, 4, 4). Raises ValueError if that is not three numbers of 2 to 8, or 16."""
+    parts = text.split("-")
+    if len(parts) != 3 or not all(part in "2 3 4 5 6 7 8 16".split() for part in parts):
+        raise ValueError(f"bits {text!r} must be three numbers W-A-KV, each 2 to 8 or 16 (as it is), like 4-4-4")
+    return Bits(*map(int, parts))
+
+
+def weight_scale(W, bits: int, clip: bool = True, group: int = 0):
+    """Scales [out, groups] for a weight [out, in]: one per row, or one per `group` columns of a row.
+
+    The widest value could be kept exactly with s = max|w| / m. Cutting it off makes all other steps finer: of 80
+    smaller scales we take the one with the least error, in the 2.4-norm, which minds large errors more than the square.
+    """
+    if group and W.shape[1] % group:
+        raise ValueError(f"groups of {group} weights do not divide a row of {W.shape[1]}")
+    rows, m = W.float().unflatten(1, (-1, group or W.shape[1])), 2 ** (bits - 1) - 1  # [out, groups, group]
+    widest = rows.abs().amax(dim=-1, keepdim=True).clamp(min=1e-5)
+    scale, least = widest / m, torch.full_like(widest, math.inf)
+    for i in range(80 if clip else 0):
+        s = (1 - i / 100) * widest / m
+        error = (s * (rows / s).round().clamp(-m - 1, m) - rows).abs().pow(2.4).sum(dim=-1, keepdim=True)
+        scale, least = torch.where(error < least, s, scale), torch.minimum(error, least)
+    return scale.squeeze(-1)
+
+
+def per_column(scale, n: int):
+    """Scales [out, groups] repeated to the columns they belong to, [out, n]."""
+    return scale.repeat_interleave(n // scale.shape[1], dim=1)
+
+
+def weight_codes(W, scale, bits: int):
+    """Integer codes -2^(b-1) ... 2^(b-1) - 1 as fp32, [out, in]; they stand for per_column(scale) * codes."""
+    m = 2 ** (bits - 1) - 1
+    return (W.float() / per_column(scale, W.shape[1])).round().clamp(-m - 1, m)
+
+
+def _round_between(x, low, high, bits: int):
+    """x rounded to 2^b values spaced evenly from low to high, with 0 among them (on the line they continue)."""
+    n = 2**bits - 1
+    scale = torch.where(high > low, (high - low) / n, high.abs()).clamp(min=1e-30)  # a constant is kept as it is
+    zero = (-low / scale).round()
+    return scale * (((x / scale).round() + zero).clamp(0, n) - zero)
+
+
+def round_tokens(x, bits: int):
+    """Round x [..., C] with a range of its own for every vector; the range always contains 0, which stays exact."""
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    low, high = y.amin(dim=-1, keepdim=True).clamp(max=0), y.amax(dim=-1, keepdim=True).clamp(min=0)
+    return _round_between(y, low, high, bits).to(x.dtype)
+
+
+def round_heads(x, bits: int, head_dim: int):
+    """Round x [..., heads * head_dim] with a range of its own for every head. Here the range is just min to max: one
+    that lies off 0 does not waste codes on reaching it."""
+    if x.shape[-1] % head_dim:
+        raise ValueError(f"{x.shape[-1]} channels are not a multiple of head_dim {head_dim}")
+    y = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, head_dim))
+    low, high = y.amin(dim=-1, keepdim=True), y.amax(dim=-1, keepdim=True)
+    return _round_between(y, low, high, bits).flatten(-2).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Points: hooks on the named places of model.py
+
+
+def _rotate(module, inputs, x):
+    return hadamard_transform(x)
+
+
+def attach_ffn_hadamard(model):
+    """R4: from here on down_proj reads the rotated hidden state. Its weight must have been rotated too."""
+    for block in model.blocks:
+        block.ffn.at_hidden.register_forward_hook(_rotate)
+
+
+def attach_rounding(model, bits: Bits, straight_through: bool = False) -> list:
+    """Round activations, keys and values on their way. Returns the hooks' handles. Queries and attention stay exact.
+
+    straight_through: let gradients pass as if nothing had been rounded (a rounded number has no slope of its own).
+    """
+    d, handles = model.config.head_dim, []
+
+    def rounding(point, function, *args):
+        def hook(module, inputs, x):
+            rounded = function(x, *args)
+            return x + (rounded - x).detach() if straight_through else rounded
+
+        handles.append(point.register_forward_hook(hook))
+
+    for block in model.blocks:
+        attn, ffn = block.attn, block.ffn
+        if bits.a < 16:
+            for point in (attn.at_input, ffn.at_input, ffn.at_hidden):  # at_hidden: after R4, attached before
+                rounding(point, round_tokens, bits.a)
+            rounding(attn.at_output, round_heads, bits.a, d)
+        if bits.kv < 16:
+            handles += [point.register_forward_hook(_rotate) for point in (attn.at_q, attn.at_k)]  # R3: q.k stays
+            rounding(attn.at_k, round_tokens, bits.kv)
+            rounding(attn.at_v, round_heads, bits.kv, d)
+    return handles
+
+
+def linears(model) -> dict[str, nn.Linear]:
+    """The matrices that are quantized, by name: all in the blocks, neither embedding nor head."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.startswith("blocks.")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotations
+
+
+def rotated_weights(weights: dict, R1=None, R2=None, ffn_hadamard: bool = True, dtype=torch.float64) -> dict:
+    """The weights of a plain LLaMA in rotated coordinates. The network computes the same, if R4 is attached.
+
+    Why that works: RMSNorm without gains commutes with a rotation R1 [D, D] of its input, so what writes to the
+    residual stream may write rotated vectors if what reads it rotates them back. The gains are first multiplied into
+    the weights that read them. R2 [L, d, d] does the same between v_proj and o_proj, since attention only averages
+    values over tokens; R4 between the FFN's hidden state and down_proj.
+
+    Pure and differentiable. Computed in `dtype` and rounded once to the dtype each weight has.
+    """
+    R1, R2 = (None if R is None else R.to(dtype) for R in (R1, R2))
+    norm_of = {"q_proj": "attn_norm", "k_proj": "attn_norm", "v_proj": "attn_norm", "gate_proj": "ffn_norm",
+               "up_proj": "ffn_norm"}
+
+    def rotated(name, W):
+        part = name.split(".")[-2]  # "embed", "q_proj", ..., "head", or a norm
+        layer = int(name.split(".")[1]) if name.startswith("blocks.") else None
+        if part.endswith("norm"):
+            return W if R1 is None else torch.ones_like(W)
+        new = W.to(dtype)  # [out, in], the embedding [V, D]
+        if R1 is not None:
+            if part in norm_of:
+                new = new * weights[f"blocks.{layer}.{norm_of[part]}.gain"].to(dtype)
+            if part == "head":
+                new = new * weights["norm.gain"].to(dtype)
+            new = R1.mT @ new if part in ("o_proj", "down_proj") else new @ R1
+        if R2 is not None and part == "v_proj":
+            new = (R2[layer].mT @ new.unflatten(0, (-1, R2.shape[-1]))).flatten(0, 1)  # [H_kv, d, D] and back
+        if R2 is not None and part == "o_proj":
+            new = (new.unflatten(1, (-1, R2.shape[-1])) @ R2[layer]).flatten(1)  # [D, H, d] and back
+        if ffn_hadamard and part == "down_proj":
+            new = hadamard_transform(new)
+        return new.to(W.dtype)
+
+    return {name: rotated(name, W) for name, W in weights.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All together
+
+
+@torch.no_grad()
+def round_weights(model, bits: int, clip: bool, group: int) -> dict:
+    """RTN: every linear on its own. Changes `model`; returns the scales by name."""
+    scales = {}
+    for name, linear in tqdm(linears(model).items(), "round", leave=False, disable=None):
+        W = linear.weight
+        scales[name] = weight_scale(W, bits, clip, group)
+        W.copy_(per_column(scales[name], W.shape[1]) * weight_codes(W, scales[name], bits))
+    return scales
+
+
+@torch.no_grad()
+def quantize(model, bits: str = "4-4-4", method: str = "rtn", clip: bool = True, w_group: int = 0) -> Transformer:
+    """A quantized copy of `model`: a plain LLaMA (folded) with rounded weights, and hooks that round what passes.
+
+    Args:
+        bits: W-A-KV, each 2 to 8 or 16.
+        method: one of METHODS.
+        clip: search for the scale of weights; without, their largest value decides.
+        w_group: weights that share a scale (0: a whole row).
+    Raises ValueError for impossible options.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
+    if hasattr(model, "quantization"):
+        raise ValueError("this model is quantized already: start from the model that was trained")
+    b = parse_bits(bits)
+    model = model.fold().requires_grad_(False)
+    if method != "rtn":
+        model.load_state_dict(rotated_weights(model.state_dict()), assign=True)
+        attach_ffn_hadamard(model)
+    scales = {}
+    if b.w < 16:
+        scales = round_weights(model, b.w, clip, w_group)
+    attach_rounding(model, b)
+    model.quantization = dict(bits=bits, method=method, ffn_hadamard=method != "rtn", scales=scales)
+    return model
