@@ -28,13 +28,14 @@ Read it top to bottom: Hadamard matrices, rounding, points, rotations, GPTQ, Spi
 
 import functools
 import math
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from model import Transformer
+from model import Transformer, rope_tables
 
 METHODS = ("rtn", "had", "gptq", "quarot", "spinquant")
 
@@ -296,7 +297,111 @@ def rotated_weights(weights: dict, R1=None, R2=None, ffn_hadamard: bool = True, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# GPTQ: rounding moves a linear's output by (Q - W) x. For inputs x seen in calibration, whose statistics are in
+# H = X^T X, the error made in one column can partly be undone by changing the columns to the right of it.
+
+GPTQ_SAMPLES = 128  # sequences of calibration
+
+# The input that several linears share, and those linears. Each group is calibrated with the groups before it rounded.
+GPTQ_GROUPS = [("attn.at_input", ["attn.k_proj", "attn.v_proj", "attn.q_proj"]), ("attn.at_output", ["attn.o_proj"]),
+               ("ffn.at_input", ["ffn.up_proj", "ffn.gate_proj"]), ("ffn.at_hidden", ["ffn.down_proj"])]
+
+
+def inverse_factor(H):
+    """The upper triangular U with U^T U = H^-1. Its row j says how much a later column can make up for column j.
+
+    H gets 1 % of its mean diagonal added, and more if it still cannot be inverted: some inputs never vary on their own.
+    Raises ArithmeticError if not even 100 % help.
+    """
+    for damping in (0.01, 0.1, 1.0):
+        damped = H + damping * H.diagonal().mean() * torch.eye(len(H), device=H.device)
+        L, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
+        if not failed and U.isfinite().all():
+            return U
+    raise ArithmeticError("its Hessian has no Cholesky factor, not even damped: are the calibration inputs finite?")
+
+
+def gptq(W, H, scale, bits: int, block: int = 128):
+    """Codes [out, in] for a weight [out, in], so that their outputs for the inputs behind H [in, in] fit best.
+
+    Columns are rounded from left to right; the error of each, in units of U_jj, is spread over all columns after it.
+    Done at once within a block, and then for everything right of the block in one product: same result, less memory
+    traffic. `scale` is that of the weight as it was.
+    """
+    W, H, codes = W.float().clone(), H.clone(), torch.zeros_like(W, dtype=torch.float32)
+    dead = H.diagonal() == 0  # an input that was never on: its weights do nothing
+    H[dead, dead], W[:, dead] = 1, 0
+    U, s, m = inverse_factor(H), per_column(scale, W.shape[1]), 2 ** (bits - 1) - 1
+    for start in range(0, W.shape[1], block):
+        end = min(start + block, W.shape[1])
+        errors = torch.zeros(len(W), end - start, device=W.device)
+        for j in range(start, end):
+            codes[:, j] = (W[:, j] / s[:, j]).round().clamp(-m - 1, m)
+            errors[:, j - start] = (W[:, j] - s[:, j] * codes[:, j]) / U[j, j]
+            W[:, j:end] -= torch.outer(errors[:, j - start], U[j, j:end])
+        W[:, end:] -= errors @ U[start:end, end:]
+    return codes
+
+
+def inputs_hessian(block, point, x, cos, sin, rows: int):
+    """H = X^T X in fp32 of what passes `point` of the block for its inputs x [N, T, D], `rows` of them at a time.
+    (GPTQ's factor 2/N is left out: it cancels.)"""
+    H = torch.zeros((), device=x.device)
+
+    def add(module, inputs, X):
+        nonlocal H
+        X = X.flatten(0, -2).float()  # [tokens, in]
+        H = H + X.mT @ X
+
+    handle = block.get_submodule(point).register_forward_hook(add)  # after the online Hadamard's hook, so it sees R4
+    for part in x.split(rows):
+        block(part, cos, sin)
+    handle.remove()
+    return H
+
+
+@torch.no_grad()
+def gptq_weights(model, tokens, bits: int, clip: bool, group: int) -> dict:
+    """GPTQ for all linears, layer by layer, on `tokens` [N, T]. Changes `model`; returns the scales by name.
+
+    Only the inputs of one layer are kept. Activations, keys and values are not rounded: attach_rounding comes later.
+    Raises ArithmeticError, with the linear's name, where H cannot be inverted.
+    """
+    config, scales, rows = model.config, {}, max(1, 4096 // tokens.shape[1])
+    cos, sin = rope_tables(tokens.shape[1], config.head_dim, config.rope_theta, tokens.device)
+    x = model.embed(tokens)  # [N, T, D]
+    for i, block in enumerate(tqdm(model.blocks, "GPTQ", leave=False, disable=None)):
+        for point, names in GPTQ_GROUPS:
+            H = inputs_hessian(block, point, x, cos, sin, rows)
+            for name in names:
+                W, full_name = block.get_submodule(name).weight, f"blocks.{i}.{name}"
+                scale = scales[full_name] = weight_scale(W, bits, clip, group)
+                try:
+                    codes = gptq(W, H, scale, bits)
+                except ArithmeticError as error:
+                    raise ArithmeticError(f"GPTQ of {full_name}: {error}") from error
+                W.copy_(per_column(scale, W.shape[1]) * codes)
+        for part in x.split(rows):
+            part.copy_(block(part, cos, sin))  # what the next layer reads takes the place of what this one read
+    return scales
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # All together
+
+
+@contextmanager
+def full_precision(device: torch.device):
+    """No autocast and no TF32, whose ten bits would drown what rotations and Hessians are about."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @torch.no_grad()
@@ -310,29 +415,36 @@ def round_weights(model, bits: int, clip: bool, group: int) -> dict:
     return scales
 
 
-@torch.no_grad()
-def quantize(model, bits: str = "4-4-4", method: str = "rtn", clip: bool = True, w_group: int = 0) -> Transformer:
+def quantize(model, bits="4-4-4", method="rtn", calibration=None, clip=True, w_group=0) -> Transformer:
     """A quantized copy of `model`: a plain LLaMA (folded) with rounded weights, and hooks that round what passes.
 
     Args:
         bits: W-A-KV, each 2 to 8 or 16.
         method: one of METHODS.
+        calibration: tokens int64 [N, T + 1] for GPTQ and SpinQuant; never those the result is judged by.
         clip: search for the scale of weights; without, their largest value decides.
         w_group: weights that share a scale (0: a whole row).
-    Raises ValueError for impossible options.
+    Raises ValueError for impossible options, ArithmeticError where GPTQ fails.
     """
+    b = parse_bits(bits)
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
     if hasattr(model, "quantization"):
         raise ValueError("this model is quantized already: start from the model that was trained")
-    b = parse_bits(bits)
+    if method in METHODS[2:] and b.w < 16 and calibration is None:
+        raise ValueError(f"{method} needs calibration tokens")
     model = model.fold().requires_grad_(False)
-    if method != "rtn":
-        model.load_state_dict(rotated_weights(model.state_dict()), assign=True)
-        attach_ffn_hadamard(model)
-    scales = {}
-    if b.w < 16:
-        scales = round_weights(model, b.w, clip, w_group)
+    device = model.embed.weight.device
+    with full_precision(device), torch.no_grad():
+        if method != "rtn":
+            model.load_state_dict(rotated_weights(model.state_dict()), assign=True)
+            attach_ffn_hadamard(model)
+        if b.w == 16:
+            scales = {}
+        elif method in ("rtn", "had"):
+            scales = round_weights(model, b.w, clip, w_group)
+        else:
+            scales = gptq_weights(model, calibration[:GPTQ_SAMPLES, :-1].to(device), b.w, clip, w_group)
     attach_rounding(model, b)
     model.quantization = dict(bits=bits, method=method, ffn_hadamard=method != "rtn", scales=scales)
     return model

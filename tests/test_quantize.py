@@ -6,13 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+import quantize as Q
 from model import Config, Transformer
 from quantize import (
     Bits,
     attach_rounding,
+    gptq,
     hadamard,
     hadamard_factors,
     hadamard_transform,
+    inverse_factor,
     linears,
     per_column,
     quantize,
@@ -268,6 +271,111 @@ def test_quantizing_leaves_the_original_as_it_was_and_happens_once(tokens):
     assert torch.equal(model(tokens), before) and not torch.allclose(quantized(tokens), before)
     with pytest.raises(ValueError, match="already"):
         quantize(quantized, "4-4-4")
+
+
+# GPTQ
+
+
+def test_gptq_without_correlations_is_rounding():
+    torch.manual_seed(0)
+    W = torch.randn(32, 200)
+    for group in (0, 50):
+        scale = weight_scale(W, 4, group=group)
+        assert torch.equal(gptq(W, torch.eye(200), scale, 4), weight_codes(W, scale, 4))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq_beats_rounding_on_its_calibration_inputs_with_codes_of_so_many_bits(bits):
+    for seed in range(10):
+        torch.manual_seed(seed)
+        X, W = torch.randn(300, 64) @ torch.randn(64, 64), torch.randn(32, 64)
+        scale, m = weight_scale(W, bits), 2 ** (bits - 1) - 1
+        codes = gptq(W, X.T @ X, scale, bits)
+        assert torch.equal(codes, codes.round()) and codes.min() >= -m - 1 and codes.max() <= m
+        error, rounding = (((scale * c - W) @ X.T).norm() for c in (codes, weight_codes(W, scale, bits)))
+        assert error <= rounding
+
+
+def test_the_block_size_of_gptq_is_only_a_matter_of_speed():
+    torch.manual_seed(0)
+    X, W = torch.randn(500, 300), torch.randn(32, 300)
+    scale = weight_scale(W, 4)
+    results = [gptq(W, X.T @ X, scale, 4, block) for block in (300, 128, 32)]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_an_input_that_was_never_on_gets_no_weight():
+    torch.manual_seed(0)
+    X, W = torch.randn(300, 64), torch.randn(32, 64)
+    X[:, [3, 50]] = 0
+    codes = gptq(W, X.T @ X, weight_scale(W, 4), 4)
+    assert codes.isfinite().all() and (codes[:, [3, 50]] == 0).all() and codes[:, 4].any()
+
+
+def test_damping_grows_until_the_hessian_can_be_inverted():
+    torch.manual_seed(0)
+    X = torch.randn(300, 64)
+    H = X.T @ X
+    U = inverse_factor(H)
+    assert torch.equal(U, U.triu())
+    assert torch.allclose(U.T @ U, (H + 0.01 * H.diagonal().mean() * torch.eye(64)).inverse(), atol=1e-5)
+    assert inverse_factor(X[:3].T @ X[:3]).isfinite().all()  # rank 3 of 64
+    assert inverse_factor(torch.eye(64) - 1.05 / 64).isfinite().all()  # negative in one direction: 1 % is not enough
+    for bad in (-torch.eye(4), torch.full((4, 4), math.nan)):
+        with pytest.raises(ArithmeticError, match="Cholesky"):
+            inverse_factor(bad)
+
+
+@pytest.fixture
+def calibration():
+    return torch.randint(96, (20, 33), generator=torch.Generator().manual_seed(2))
+
+
+def test_gptq_goes_through_the_groups_in_order_each_with_those_before_it_rounded(calibration, monkeypatch):
+    model, calls = randomized(replace(SMALL, n_kv_head=2)), []
+
+    def note(W, H, scale, bits):
+        calls.append((W, H))
+        return gptq(W, H, scale, bits)
+
+    monkeypatch.setattr(Q, "gptq", note)
+    q = quantize(model, "4-16-16", "gptq", calibration)
+    order = [f"attn.{x}_proj" for x in "kvqo"] + [f"ffn.{x}_proj" for x in ("up", "gate", "down")]
+    names = {m.weight.data_ptr(): n for n, m in linears(q).items()}
+    assert [names[W.data_ptr()] for W, _ in calls] == [f"blocks.{i}.{name}" for i in (0, 1) for name in order]
+    assert calls[0][1] is calls[1][1] is calls[2][1] and calls[4][1] is calls[5][1]
+
+    for call, point in ((10, "attn.at_output"), (13, "ffn.at_hidden")):  # the last layer's, found again afterwards
+        seen = []
+        handle = q.blocks[1].get_submodule(point).register_forward_hook(lambda m, i, x, seen=seen: seen.append(x))
+        q(calibration[:, :-1])
+        handle.remove()
+        X = seen[0].flatten(0, 1)  # at_hidden: after the online Hadamard
+        assert distance(calls[call][1], X.T @ X) < 1e-4
+
+
+def test_gptq_calibrates_with_exact_activations(calibration):
+    a, b = (quantize(randomized(), bits, "gptq", calibration).state_dict() for bits in ("4-16-16", "4-2-2"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_gptq_is_closer_to_the_model_than_rounding_on_calibration(calibration):
+    model = randomized()
+    exact = model(calibration[:, :-1])
+    had, optimal = (quantize(model, "4-16-16", m, calibration)(calibration[:, :-1]) for m in ("had", "gptq"))
+    assert distance(optimal, exact) < distance(had, exact)
+
+
+def test_gptq_names_the_linear_it_fails_at(calibration):
+    model = randomized()
+    model.blocks[1].attn_norm.gain[0] = math.nan
+    with pytest.raises(ArithmeticError, match="blocks.1.attn.k_proj.*Cholesky"):
+        quantize(model, "4-4-4", "gptq", calibration)
+    with pytest.raises(ValueError, match="gptq needs calibration"):
+        quantize(model, "4-4-4", "gptq")
+
+
+# What is refused
 
 
 @pytest.mark.parametrize("bits", ["4-4", "0-4-4", "1-4-4", "9-4-4", "4-4-4-4", "4-a-4", "", "-4-4-4", "4-4-32"])
