@@ -296,6 +296,92 @@ def rotated_weights(weights: dict, R1=None, R2=None, ffn_hadamard: bool = True, 
     return {name: rotated(name, W) for name, W in weights.items()}
 
 
+def random_rotations(config, seed: int = 0):
+    """(R1 [D, D], R2 [L, d, d]) in fp64: Hadamard matrices whose rows have random signs. (Drawn in the official order:
+    where D and d are powers of two, these are the official rotations of that seed.)"""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n):
+        signs = 2 * torch.randint(0, 2, (n,), generator=generator) - 1
+        return signs[:, None] * hadamard(n)
+
+    return draw(config.n_embd), torch.stack([draw(config.head_dim) for _ in range(config.n_layer)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SpinQuant: which rotation is best? All of them leave the exact network as it is, but not the rounded one, so its loss
+# has a gradient in R1 and R2. Descend it without ever leaving the rotations.
+
+SPIN_BATCH, SPIN_STEPS, SPIN_LR = 8, 100, 1.5  # sequences a step, steps, first learning rate: SpinQuant's
+
+
+def cayley_step(R, G, lr: float):
+    """Rotations R [..., n, n] after one step against the gradient G.
+
+    W is the part of the gradient that turns R and does not bend it. (I - aW/2)^-1 (I + aW/2), the Cayley transform, is
+    exactly orthogonal because W^T = -W. The step is shortened where W is large.
+    """
+    W = R.mT @ G
+    W = (W - W.mT) / 2
+    step = (1 / W.abs().sum(dim=-2).amax(dim=-1)).clamp(max=lr)[..., None, None]  # 1 / the largest column sum
+    turn, identity = step / 2 * W, torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+    return torch.linalg.solve(identity - turn, (identity + turn) @ R.mT).mT
+
+
+def rotation_gradients(model, weights: dict, R1, R2, windows):
+    """(loss, gradient of R1, gradient of R2) of `model` with rotated weights on windows [n, T + 1].
+
+    The weights are rotated once; the windows then pass in parts, whose gradients add up at the rotated weights.
+    """
+    R1, R2 = R1.detach().requires_grad_(), R2.detach().requires_grad_()
+    rotated = rotated_weights(weights, R1, R2, dtype=torch.float32)
+    turning = {name: W for name, W in rotated.items() if W.requires_grad}  # not the norms
+    leaves = {name: W.detach().requires_grad_() for name, W in turning.items()}
+    total = 0.0
+    for part in windows.split(max(1, 2048 // windows.shape[1])):
+        with torch.autocast(part.device.type, torch.bfloat16, enabled=part.device.type == "cuda"):
+            inputs = part[:, :-1], part[:, 1:]
+            loss = torch.func.functional_call(model, rotated | leaves, inputs) * len(part) / len(windows)
+        loss.backward()
+        total += loss.item()
+    torch.autograd.backward(list(turning.values()), [leaf.grad for leaf in leaves.values()])
+    return total, R1.grad, R2.grad
+
+
+def learn_rotations(model, weights: dict, R1, R2, bits: Bits, windows, steps=SPIN_STEPS, lr=SPIN_LR):
+    """The rotations (R1, R2), from those given, that keep the loss of the rounded model lowest.
+
+    Activations, keys and values are rounded, weights are not: GPTQ will take care of them. Of `windows` [n, T + 1] the
+    first few only judge, every ten steps, and the best rotations so far are returned: small models may well get worse
+    in between. The learning rate falls from `lr` to 0 along a cosine.
+    """
+    held_out, windows = windows[:SPIN_BATCH], windows[SPIN_BATCH:]
+    if not len(windows):
+        raise ValueError(f"SpinQuant needs more than {SPIN_BATCH} sequences of calibration, not {len(held_out)}")
+    handles = attach_rounding(model, bits, straight_through=True)
+    best, least = (R1, R2), math.inf
+    bar = tqdm(range(steps + 1), "SpinQuant", leave=False, disable=None)
+    for step in bar:
+        if step % 10 == 0 or step == steps:
+            with torch.no_grad():
+                rotated = rotated_weights(weights, R1, R2, dtype=torch.float32)
+                parts = held_out.split(max(1, 2048 // held_out.shape[1]))
+                losses = [torch.func.functional_call(model, rotated, (w[:, :-1], w[:, 1:])) * len(w) for w in parts]
+                loss = (sum(losses) / len(held_out)).item()
+            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            if loss < least:
+                best, least = (R1, R2), loss
+        if step < steps:
+            batch = windows[torch.arange(step * SPIN_BATCH, (step + 1) * SPIN_BATCH) % len(windows)]
+            _, G1, G2 = rotation_gradients(model, weights, R1, R2, batch)
+            clip = (1 / torch.sqrt(G1.square().sum() + G2.square().sum())).clamp(max=1)  # to a norm of 1 at most
+            now = lr * (1 + math.cos(math.pi * step / steps)) / 2
+            R1, R2 = cayley_step(R1, clip * G1, now), cayley_step(R2, clip * G2, now)
+    for handle in handles:
+        handle.remove()
+    return best
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # GPTQ: rounding moves a linear's output by (Q - W) x. For inputs x seen in calibration, whose statistics are in
 # H = X^T X, the error made in one column can partly be undone by changing the columns to the right of it.
@@ -415,7 +501,22 @@ def round_weights(model, bits: int, clip: bool, group: int) -> dict:
     return scales
 
 
-def quantize(model, bits="4-4-4", method="rtn", calibration=None, clip=True, w_group=0) -> Transformer:
+def bake_rotations(model, bits: Bits, method: str, calibration, center_embed: bool, seed: int, steps: int, lr: float):
+    """Attach R4 and multiply the method's rotations into the weights of `model`."""
+    attach_ffn_hadamard(model)
+    weights, R1, R2 = model.state_dict(), None, None
+    if method in ("quarot", "spinquant"):
+        R1, R2 = (R.to(model.embed.weight.device) for R in random_rotations(model.config, seed))
+        if center_embed:
+            weights["embed.weight"] = weights["embed.weight"] - weights["embed.weight"].mean(dim=1, keepdim=True)
+    if method == "spinquant" and min(bits.a, bits.kv) < 16:  # else nothing depends on R
+        R1, R2 = learn_rotations(model, weights, R1, R2, bits, calibration, steps, lr)
+    with torch.no_grad():
+        model.load_state_dict(rotated_weights(weights, R1, R2), assign=True)
+
+
+def quantize(model, bits="4-4-4", method="rtn", calibration=None, clip=True, w_group=0, center_embed=False, seed=0,
+             steps=SPIN_STEPS, lr=SPIN_LR) -> Transformer:
     """A quantized copy of `model`: a plain LLaMA (folded) with rounded weights, and hooks that round what passes.
 
     Args:
@@ -424,6 +525,9 @@ def quantize(model, bits="4-4-4", method="rtn", calibration=None, clip=True, w_g
         calibration: tokens int64 [N, T + 1] for GPTQ and SpinQuant; never those the result is judged by.
         clip: search for the scale of weights; without, their largest value decides.
         w_group: weights that share a scale (0: a whole row).
+        center_embed: quarot and spinquant: subtract each embedding's mean over channels, as the official code does.
+        seed: of the random rotations.
+        steps, lr: of SpinQuant.
     Raises ValueError for impossible options, ArithmeticError where GPTQ fails.
     """
     b = parse_bits(bits)
@@ -431,20 +535,21 @@ def quantize(model, bits="4-4-4", method="rtn", calibration=None, clip=True, w_g
         raise ValueError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
     if hasattr(model, "quantization"):
         raise ValueError("this model is quantized already: start from the model that was trained")
-    if method in METHODS[2:] and b.w < 16 and calibration is None:
+    if center_embed and method not in ("quarot", "spinquant"):
+        raise ValueError(f"only quarot and spinquant can center embeddings, not {method}")
+    learns = method == "spinquant" and min(b.a, b.kv) < 16
+    if calibration is None and (learns or method in ("gptq", "quarot", "spinquant") and b.w < 16):
         raise ValueError(f"{method} needs calibration tokens")
     model = model.fold().requires_grad_(False)
-    device = model.embed.weight.device
-    with full_precision(device), torch.no_grad():
+    device, scales = model.embed.weight.device, {}
+    calibration = None if calibration is None else calibration.to(device)
+    with full_precision(device):
         if method != "rtn":
-            model.load_state_dict(rotated_weights(model.state_dict()), assign=True)
-            attach_ffn_hadamard(model)
-        if b.w == 16:
-            scales = {}
-        elif method in ("rtn", "had"):
+            bake_rotations(model, b, method, calibration, center_embed, seed, steps, lr)
+        if b.w < 16 and method in ("rtn", "had"):
             scales = round_weights(model, b.w, clip, w_group)
-        else:
-            scales = gptq_weights(model, calibration[:GPTQ_SAMPLES, :-1].to(device), b.w, clip, w_group)
+        elif b.w < 16:
+            scales = gptq_weights(model, calibration[:GPTQ_SAMPLES, :-1], b.w, clip, w_group)
     attach_rounding(model, b)
     model.quantization = dict(bits=bits, method=method, ffn_hadamard=method != "rtn", scales=scales)
     return model

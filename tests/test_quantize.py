@@ -7,18 +7,25 @@ import pytest
 import torch
 
 import quantize as Q
+from data.tokens import Dataset
 from model import Config, Transformer
 from quantize import (
     Bits,
+    attach_ffn_hadamard,
     attach_rounding,
+    cayley_step,
     gptq,
     hadamard,
     hadamard_factors,
     hadamard_transform,
     inverse_factor,
+    learn_rotations,
     linears,
     per_column,
     quantize,
+    random_rotations,
+    rotated_weights,
+    rotation_gradients,
     round_heads,
     round_tokens,
     weight_codes,
@@ -256,14 +263,6 @@ def test_spiky_hidden_states_lose_less_than_half_after_the_hadamard():
     assert distance(round_tokens(y, 4), y) < distance(round_tokens(x, 4), x) / 2
 
 
-@pytest.mark.parametrize("method", ["rtn", "had"])
-def test_a_later_token_never_changes_earlier_logits_in_four_bits(method, tokens):
-    model, changed = quantize(randomized(), "4-4-4", method), tokens.clone()
-    changed[0, 15] = (changed[0, 15] + 1) % 96
-    a, b = model(tokens), model(changed)
-    assert torch.equal(a[:, :15], b[:, :15]) and not torch.allclose(a[0, 15], b[0, 15])
-
-
 def test_quantizing_leaves_the_original_as_it_was_and_happens_once(tokens):
     model = randomized()
     before = model(tokens)
@@ -373,6 +372,153 @@ def test_gptq_names_the_linear_it_fails_at(calibration):
         quantize(model, "4-4-4", "gptq", calibration)
     with pytest.raises(ValueError, match="gptq needs calibration"):
         quantize(model, "4-4-4", "gptq")
+
+
+# Rotations
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("which", ["R1", "R2", "R3", "R4", "R1 R2 R3 R4"])
+def test_rotations_leave_the_logits_alone(config, which, tokens, monkeypatch):
+    """To 1e-4 in fp32. In fp64, which needs model.py's float() to mean double(), to 1e-10: no coincidence."""
+    R1, R2 = random_rotations(config)
+    for tolerance in (1e-4, 1e-10):
+        model = randomized(config).fold()
+        if tolerance == 1e-10:
+            monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+            model = model.double()
+        expected = model(tokens)
+        rotations = dict(R1=R1 if "R1" in which else None, R2=R2 if "R2" in which else None, ffn_hadamard="R4" in which)
+        model.load_state_dict(rotated_weights(model.state_dict(), **rotations), assign=True)
+        if "R3" in which:
+            for block in model.blocks:
+                for point in (block.attn.at_q, block.attn.at_k):
+                    point.register_forward_hook(lambda m, i, x: hadamard_transform(x))
+        if "R4" in which:
+            attach_ffn_hadamard(model)
+        assert distance(model(tokens), expected) < tolerance
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("method", ["quarot", "spinquant"])
+def test_centred_embeddings_change_the_model_unless_they_were_centred(method, tokens):
+    model = randomized()
+    expected = model(tokens)
+    assert distance(quantize(model, "16-16-16", method)(tokens), expected) < 1e-4
+    assert distance(quantize(model, "16-16-16", method, center_embed=True)(tokens), expected) > 1e-3
+    model.embed.weight -= model.embed.weight.mean(dim=1, keepdim=True)
+    assert distance(quantize(model, "16-16-16", method, center_embed=True)(tokens), model(tokens)) < 1e-4
+
+
+def test_random_rotations_are_orthogonal_and_drawn_in_the_official_order():
+    R1, R2 = random_rotations(Config(n_layer=3, n_head=2, n_embd=64, vocab_size=96), seed=0)
+    torch.manual_seed(0)
+    for R in (R1, *R2):
+        signs = 2 * torch.randint(0, 2, (len(R),)) - 1
+        assert torch.equal(R, torch.diag(signs.double()) @ hadamard(len(R)))
+        assert (R @ R.T - torch.eye(len(R))).abs().max() < 1e-12
+
+
+# SpinQuant
+
+
+@pytest.fixture(scope="module")
+def trained(dataset_dir):
+    """(a small model after 80 steps of Adam, windows of its training data)"""
+    torch.manual_seed(0)
+    data = Dataset(dataset_dir, "train", 32)
+    model = Transformer(Config(n_layer=2, n_head=2, n_embd=64, vocab_size=256))
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for step in range(80):
+        window = torch.from_numpy(data.batch(step, 16))
+        model(window[:, :-1], window[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval().requires_grad_(False), torch.from_numpy(data.batch(80, 40))
+
+
+def test_a_cayley_step_is_its_formula_turns_downhill_and_stays_a_rotation():
+    torch.manual_seed(0)
+    (R, _), target = random_rotations(Config(n_embd=64)), torch.randn(64, 64).double()
+    G = 2 * (R - target)  # the gradient of |R - target|^2
+    W = (R.T @ G - G.T @ R) / 2
+    a = min(0.3, 1 / W.abs().sum(0).max())
+    identity = torch.eye(64).double()
+    expected = ((identity - a / 2 * W).inverse() @ (identity + a / 2 * W) @ R.T).T
+    assert torch.allclose(cayley_step(R, G, 0.3), expected, atol=1e-12)
+    assert torch.equal(cayley_step(R, G, 0.0), R)
+    assert (cayley_step(R, G, 0.01) - target).norm() < (R - target).norm()
+    for _ in range(100):
+        R = cayley_step(R, 2 * (R - target), 0.3)
+    assert (R @ R.T - identity).abs().max() < 1e-5
+    both = cayley_step(torch.stack([R, R.T]), torch.stack([G, G.T]), 0.3)
+    assert torch.allclose(both[1], cayley_step(R.T, G.T, 0.3))
+
+
+def learner(trained):
+    """What quantize() gives to learn_rotations."""
+    model, windows = trained
+    model = model.fold().requires_grad_(False)
+    attach_ffn_hadamard(model)
+    return model, model.state_dict(), *random_rotations(model.config), windows
+
+
+def test_only_rotations_get_gradients_and_parts_of_a_batch_add_up(trained):
+    model, weights, R1, R2, windows = learner(trained)
+    handles = attach_rounding(model, Bits(16, 4, 4), straight_through=True)
+    loss, G1, G2 = rotation_gradients(model, weights, R1, R2, windows[:8])
+    assert G1.shape == R1.shape and G2.shape == R2.shape and G1.abs().max() > 0 and G2.abs().max() > 0
+    assert all(p.grad is None for p in model.parameters()) and not R1.requires_grad
+    parts = [rotation_gradients(model, weights, R1, R2, w) for w in windows[:8].split(2)]
+    for i, whole in enumerate((loss, G1, G2)):
+        assert torch.allclose(torch.as_tensor(whole), torch.as_tensor(sum(p[i] for p in parts) / 4), atol=1e-5)
+    for handle in handles:
+        handle.remove()
+    W = R1.T @ rotation_gradients(model, weights, R1, R2, windows[:8])[1]  # nothing is rounded: nothing to turn
+    assert (W - W.T).norm() < 1e-3 * G1.norm()
+
+
+def test_learned_rotations_stay_rotations_and_lower_the_loss_they_were_learned_on(trained):
+    model, weights, R1, R2, windows = learner(trained)
+    windows = torch.cat([windows[:8], windows[:8]])  # judged by what they are learned on
+    bits = Bits(16, 3, 3)
+    best = learn_rotations(model, weights, R1, R2, bits, windows)
+    assert not any(m._forward_hooks for m in model.blocks[0].attn.modules()) and not torch.equal(best[0], R1)
+    for R in (best[0], *best[1]):
+        assert (R @ R.T - torch.eye(len(R))).abs().max() < 1e-5
+    attach_rounding(model, bits)
+    start, end = (rotation_gradients(model, weights, *R, windows[:8])[0] for R in ((R1, R2), best))
+    assert end < start
+
+
+def test_spinquant_without_steps_or_rate_is_quarot_and_its_exact_logits_never_change(trained):
+    model, windows = trained
+    reference = quantize(model, "4-4-4", "quarot", windows).state_dict()
+    for options in (dict(lr=0.0, steps=10), dict(steps=0)):
+        other = quantize(model, "4-4-4", "spinquant", windows, **options).state_dict()
+        assert all(torch.equal(W, other[name]) for name, W in reference.items())
+    learned = quantize(model, "16-4-4", "spinquant", windows, steps=10)
+    for block in learned.blocks:
+        for point in block.modules():
+            point._forward_hooks.clear()
+    attach_ffn_hadamard(learned)
+    assert distance(learned(windows[:4]), model(windows[:4])) < 1e-4
+
+
+@pytest.mark.parametrize("method", Q.METHODS)
+def test_one_seed_gives_one_result_and_causality_holds(method, trained, dataset_dir):
+    model, windows = trained
+    a, b = (quantize(model, "4-4-4", method, windows, seed=1, steps=10) for _ in range(2))
+    assert all(torch.equal(W, b.state_dict()[name]) for name, W in a.state_dict().items())
+    changed = windows[:1].clone()
+    changed[0, 20] = (changed[0, 20] + 1) % 96
+    x, y = a(windows[:1]), a(changed)
+    assert torch.equal(x[:, :20], y[:, :20]) and not torch.allclose(x[0, 20], y[0, 20])
+
+
+def test_spinquant_wants_sequences_to_learn_from_besides_those_that_judge(trained):
+    with pytest.raises(ValueError, match="more than 8"):
+        quantize(trained[0], "4-4-4", "spinquant", trained[1][:8])
 
 
 # What is refused
