@@ -1,5 +1,7 @@
 """Four bits: quantize a trained model by the five methods of the paper's table (Table 4), each in one page.
 
+    python quantize.py runs/NAME --method gptq --bits 4-4-4 --out FILE
+
 W-A-KV bits, as in 4-4-4: weights, activations, keys and values; each 2 to 8, or 16 for "leave alone". The methods build
 on each other:
     rtn        round every weight to the nearest of its 2^b values
@@ -26,16 +28,30 @@ not undo that: it changes the model).
 Read it top to bottom: Hadamard matrices, rounding, points, rotations, GPTQ, SpinQuant, quantize(), files, command line.
 """
 
+import argparse
 import functools
 import math
+import sys
+import time
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from model import Transformer, rope_tables
+from data.tokens import Dataset, find_dataset, tokenizer
+from model import (
+    Config,
+    Transformer,
+    load_checkpoint,
+    model_from_checkpoint,
+    read_archive,
+    rope_tables,
+    save_checkpoint,
+)
 
 METHODS = ("rtn", "had", "gptq", "quarot", "spinquant")
 
@@ -553,3 +569,157 @@ def quantize(model, bits="4-4-4", method="rtn", calibration=None, clip=True, w_g
     attach_rounding(model, b)
     model.quantization = dict(bits=bits, method=method, ffn_hadamard=method != "rtn", scales=scales)
     return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A file of four bits: two codes a byte, one fp32 scale a row. Dequantized it is, bit for bit, the simulated model.
+
+VERSION, PACKING = 1, "code + 8 as a nibble; the low nibble of a byte is the even column"
+
+
+def pack(codes):
+    """Codes -8 ... 7, [out, in] -> uint8 [out, in / 2]. Raises ValueError for an odd number of columns."""
+    if codes.shape[1] % 2:
+        raise ValueError(f"rows of {codes.shape[1]} weights do not fill whole bytes")
+    nibbles = (codes + 8).to(torch.uint8)
+    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+
+
+def unpack(packed):
+    """uint8 [out, in / 2] -> codes as fp32 [out, in]."""
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1).float() - 8
+
+
+def save_quantized(model, path: Path, options: dict, data: dict):
+    """Write a model of quantize(), whole or not at all. `options` and `data` are those of the run it comes from.
+
+    Raises ValueError unless its weights have 4 bits, OSError if it cannot be written.
+    """
+    made = model.quantization
+    if parse_bits(made["bits"]).w != 4:
+        raise ValueError(f"a file holds weights of 4 bits, not {made['bits'].split('-')[0]}")
+    weights = {name: W.cpu() for name, W in model.state_dict().items()}
+    scales = {name: scale.cpu() for name, scale in made["scales"].items()}
+    codes = {name: pack(weight_codes(weights.pop(f"{name}.weight"), scale, 4)) for name, scale in scales.items()}
+    save_checkpoint(dict(packing=PACKING, version=VERSION, config=asdict(model.config), weights=weights, codes=codes,
+                         quantization=dict(made, scales=scales), options=options, data=data), path)
+
+
+def quantized_model(state: dict, path, device="cpu") -> Transformer:
+    """The model in the contents of such a file. Raises ValueError, naming `path`, if they are not what we write."""
+    kinds = {"packing": str, "config": dict, "weights": dict, "codes": dict, "quantization": dict, "options": dict,
+             "data": dict}
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+        raise ValueError(f"{path} is a torch file, but not a quantized model of quantize.py")
+    if (state.get("version"), state["packing"]) != (VERSION, PACKING):
+        raise ValueError(f"{path} is of version {state.get('version')}; this code reads version {VERSION}")
+    made = state["quantization"]
+    try:
+        bits, scales, weights = parse_bits(made["bits"]), made["scales"], dict(state["weights"])
+        with torch.device("meta"):
+            model = Transformer(Config(**state["config"]))
+        for name, packed in state["codes"].items():
+            codes, dtype = unpack(packed), weights["norm.gain"].dtype
+            weights[f"{name}.weight"] = (per_column(scales[name], codes.shape[1]) * codes).to(dtype)
+        model.load_state_dict(weights, assign=True)
+        if set(linears(model)) != set(scales):
+            raise ValueError("not every linear has its scales")
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} does not fit together ({str(error).splitlines()[0]}): write it again") from error
+    if made["ffn_hadamard"]:
+        attach_ffn_hadamard(model)
+    attach_rounding(model, bits)
+    model.quantization = made
+    return model.requires_grad_(False).to(device).eval()
+
+
+def load_quantized(path, device="cpu") -> Transformer:
+    """The model in a file of save_quantized(): its logits are, bit for bit, those of the model that was saved. Nothing
+    in the file is executed. Raises FileNotFoundError and ValueError."""
+    return quantized_model(read_archive(Path(path)), path, device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def calibration_windows(options: dict, encoding: str, method: str, steps: int = SPIN_STEPS, file=None):
+    """Tokens to calibrate on, int64 [N, T + 1], or None for methods without: random windows of the training split of
+    the run's own data, or blocks spread evenly over `file`. Raises ValueError for a file shorter than a block."""
+    if method in ("rtn", "had"):
+        return None
+    n, block = GPTQ_SAMPLES, options["seq_len"] + 1
+    if method == "spinquant":
+        n = max(n, SPIN_BATCH * (steps + 1))  # every step sees new text, if there is enough
+    if file is None:
+        data = Dataset(find_dataset(options["data"]), "train", options["seq_len"], options["seed"])
+        return torch.from_numpy(data.batch(0, min(n, data.n_windows)))
+    ids = torch.tensor(tokenizer(encoding).encode_ordinary(Path(file).read_text(encoding="utf-8")))
+    if len(ids) < block:
+        raise ValueError(f"--calib {file} has {len(ids):,} tokens, fewer than one block of {block:,}")
+    blocks = ids[: len(ids) // block * block].view(-1, block)
+    return blocks[torch.arange(min(n, len(blocks))) * len(blocks) // min(n, len(blocks))]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    layout = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+    add = p.add_argument
+    add("target", metavar="TARGET", help="a run directory or a checkpoint file of train.py")
+    add("--out", type=Path, required=True, metavar="FILE", help="where the model goes, its weights in 4 bits")
+    add("--method", default="gptq", help=f"one of {', '.join(METHODS)}, each building on those before (default: gptq)")
+    add("--bits", default="4-4-4", help="weights-activations-KV: 4, and 2 to 8 or 16 for \"as it is\" (default: 4-4-4)")
+    add("--calib", type=Path, metavar="FILE", help="text to calibrate on (default: the run's own training split)")
+    add("--no-clip", action="store_true", help="scale weights by their largest value, without search: the plain RTN")
+    add("--w-group", type=int, default=0, help="weights of a row that share a scale (default: all)")
+    add("--center-embed", action="store_true", help="quarot, spinquant: subtract embedding means, as the official code")
+    add("--steps", type=int, default=SPIN_STEPS, help=f"of SpinQuant (default: {SPIN_STEPS})")
+    add("--lr", type=float, default=SPIN_LR, help=f"of SpinQuant; if its loss jumps, lower it (default: {SPIN_LR})")
+    add("--seed", type=int, default=0, help="of the random rotations (default: 0)")
+    add("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
+    return p
+
+
+def check(args, error):
+    """Call error(message) for the first option that cannot be."""
+    try:
+        if parse_bits(args.bits).w != 4:
+            error(f"--bits {args.bits}: the file holds weights of 4 bits; quantize() can simulate other numbers")
+    except ValueError as wrong:
+        error(f"--bits: {wrong}")
+    if args.method not in METHODS:
+        error(f"--method {args.method}: use one of {', '.join(METHODS)}")
+    if args.center_embed and args.method not in ("quarot", "spinquant"):
+        error("--center-embed is for --method quarot or spinquant")
+    if args.w_group < 0 or args.steps < 0 or not 0 <= args.lr < math.inf or args.seed < 0:
+        error("--w-group, --steps, --lr and --seed must be numbers of at least 0")
+    if args.out.is_dir() or not args.out.parent.is_dir():
+        error(f"--out {args.out} must be a file in a directory that exists")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        error("--device cuda: torch sees no CUDA device here; use --device cpu")
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    check(args, parser.error)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        state = load_checkpoint(args.target)
+        options, data = state["options"], state["data"]
+        model = model_from_checkpoint(state, device).eval()
+        windows = calibration_windows(options, data["tokenizer"], args.method, args.steps, args.calib)
+        began = time.perf_counter()
+        model = quantize(model, args.bits, args.method, windows, clip=not args.no_clip, w_group=args.w_group,
+                         center_embed=args.center_embed, seed=args.seed, steps=args.steps, lr=args.lr)
+        wall = time.perf_counter() - began
+        save_quantized(model, args.out, options, data)
+    except (ValueError, OSError, ArithmeticError, KeyError) as error:
+        sys.exit(f"error: {error}")
+    size, n = args.out.stat().st_size, sum(p.numel() for p in model.parameters())
+    print(f"{args.method} {args.bits} in {wall:.1f} s: {args.out}, {size / 2**20:.2f} MiB for {n:,} weights, "
+          f"{size / 2 / n:.2f} of bf16 (embedding and head are not rounded)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,6 @@
 """What quantization promises. Tolerances are measured; where one is 0, the numbers are equal bit for bit."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 import quantize as Q
+import train
 from data.tokens import Dataset
-from model import Config, Transformer
+from model import Config, Transformer, load_checkpoint
 from quantize import (
     Bits,
     attach_ffn_hadamard,
@@ -528,3 +530,124 @@ def test_spinquant_wants_sequences_to_learn_from_besides_those_that_judge(traine
 def test_impossible_bits_are_refused_with_the_value(bits):
     with pytest.raises(ValueError, match=f"{bits!r}.*4-4-4"):
         quantize(randomized(), bits)
+
+
+# Files
+
+
+@pytest.fixture(scope="module")
+def run_dir(dataset_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "osp"
+    shape = "--preset tiny --n-layer 1 --n-head 2 --n-embd 32 --seq-len 16 --batch-size 8 --device cpu --lr 1e-2"
+    train.main([*shape.split(), "--osp", "--data", str(dataset_dir), "--steps", "4", "--out", str(out)])
+    return out
+
+
+@pytest.fixture
+def four_bit_file(run_dir, tmp_path):
+    Q.main([str(run_dir), "--method", "had", "--out", str(tmp_path / "four.pt")])
+    return tmp_path / "four.pt"
+
+
+def test_packing_loses_nothing_and_puts_even_columns_low():
+    codes = torch.randint(-8, 8, (6, 10)).float()
+    assert torch.equal(Q.unpack(Q.pack(codes)), codes)
+    assert Q.pack(torch.tensor([[-8.0, 7.0]])).tolist() == [[0xF0]]
+    with pytest.raises(ValueError, match="5"):
+        Q.pack(codes[:, :5])
+
+
+@pytest.mark.parametrize("method, group", [("rtn", 0), ("had", 32), ("gptq", 0), ("spinquant", 0)])
+def test_a_loaded_file_has_the_same_logits_bit_for_bit(method, group, trained, tmp_path):
+    model, windows = trained
+    for bits, dtype in (("4-4-4", torch.float32), ("4-8-16", torch.bfloat16)):
+        q = quantize(copy.deepcopy(model).to(dtype), bits, method, windows, w_group=group, steps=3)
+        Q.save_quantized(q, tmp_path / "q.pt", {}, {})
+        loaded = Q.load_quantized(tmp_path / "q.pt")
+        assert torch.equal(loaded(windows), q(windows)) and loaded.quantization["bits"] == bits
+        assert all(torch.equal(W, loaded.state_dict()[name]) for name, W in q.state_dict().items())
+
+
+def test_a_file_has_the_size_of_its_formula(tmp_path):
+    model = randomized(Config(n_layer=2, n_head=4, n_embd=256, vocab_size=96))
+    Q.save_quantized(quantize(model, "4-4-4"), tmp_path / "q.pt", {}, {})
+    D, F, V, L = 256, model.config.n_ffn, 96, 2
+    weights, rows = L * (4 * D * D + 3 * D * F), L * (5 * D + 2 * F)
+    formula = weights / 2 + 4 * rows + 4 * (2 * V * D + (2 * L + 1) * D)
+    assert (tmp_path / "q.pt").stat().st_size == pytest.approx(formula, rel=0.01)
+
+
+def test_the_command_line_writes_what_quantize_gives(run_dir, dataset_dir, tmp_path, capsys):
+    for method in Q.METHODS:
+        Q.main([str(run_dir), "--method", method, "--steps", "3", "--out", str(tmp_path / "q.pt")])
+        assert f"{method} 4-4-4" in capsys.readouterr().out
+    (tmp_path / "text.txt").write_text((dataset_dir.parent / "words.txt").read_text()[:2000])
+    Q.main([str(run_dir), "--calib", str(tmp_path / "text.txt"), "--no-clip", "--w-group", "16", "--out",
+            str(tmp_path / "q.pt")])
+    assert list(tmp_path.glob("*.tmp")) == [] and Q.load_quantized(tmp_path / "q.pt").quantization["method"] == "gptq"
+
+
+def test_calibration_comes_from_the_training_split(run_dir, dataset_dir):
+    options = load_checkpoint(run_dir)["options"]
+    windows = Q.calibration_windows(options, "bytes", "gptq")
+    data = Dataset(dataset_dir, "train", 16, 0)
+    assert torch.equal(windows, torch.from_numpy(data.batch(0, len(windows)))) and len(windows) == 128
+    assert Q.calibration_windows(options, "bytes", "rtn") is None
+
+
+@pytest.fixture
+def fails(run_dir, tmp_path, capsys):
+    """fails(code, words, *argv): quantize.py ends with that exit code and one line that has the words, and no file."""
+
+    def check(code, words, *argv, target=run_dir):
+        with pytest.raises(SystemExit) as error:
+            Q.main([str(a) for a in (target, "--out", tmp_path / "never.pt", *argv)])
+        text = error.value.code if isinstance(error.value.code, str) else capsys.readouterr().err
+        assert (1 if isinstance(error.value.code, str) else error.value.code) == code
+        assert all(word in text.strip().splitlines()[-1] for word in (*words.split(), "error:")), text
+        assert list(tmp_path.glob("never*")) == []
+
+    return check
+
+
+@pytest.mark.parametrize("bits", ["4-4", "0-4-4", "4-1-4", "4-9-4", "8-8-8", "x"])
+def test_bits_that_no_file_can_have_are_exit_code_2(bits, fails):
+    fails(2, f"--bits {bits}" if bits == "8-8-8" else bits, "--bits", bits)
+
+
+def test_bad_options_are_exit_code_2(fails, tmp_path):
+    fails(2, "--method awq rtn spinquant", "--method", "awq")
+    fails(2, "--center-embed quarot", "--center-embed")
+    fails(2, "--w-group", "--w-group", "-1")
+    fails(2, "--lr", "--lr", "nan")
+    fails(2, "--out directory", "--out", tmp_path / "nowhere" / "q.pt")
+
+
+def test_bad_files_are_exit_code_1(fails, four_bit_file, tmp_path):
+    (tmp_path / "short.txt").write_text("too short")
+    fails(1, "short.txt 9 17", "--calib", tmp_path / "short.txt")
+    fails(1, "no checkpoint", target=tmp_path / "nothing")
+    fails(1, "quantized", target=four_bit_file)
+    fails(1, "groups of 7", "--w-group", "7")
+    (tmp_path / "cut.pt").write_bytes(four_bit_file.read_bytes()[:3000])
+    fails(1, "cut.pt usable", target=tmp_path / "cut.pt")
+
+
+def test_a_quantized_file_from_elsewhere_is_refused(four_bit_file, run_dir, tmp_path):
+    state, bad = torch.load(four_bit_file, weights_only=True), tmp_path / "bad.pt"
+    wider = dict(state["config"], n_embd=64)
+    wrong = [(dict(version=2), "version 2.*version 1"), (dict(config=wider), "does not fit"), (dict(weights={}), "fit"),
+             (dict(config=dict(n_moons=3)), "n_moons"), (dict(codes=[]), "not a quantized"),
+             (dict(quantization={}), "does not fit"), (dict(codes={}), "does not fit")]
+    for change, words in wrong:
+        torch.save(state | change, bad)
+        with pytest.raises(ValueError, match=f"bad.pt.*{words}"):
+            Q.load_quantized(bad)
+    bad.write_bytes(four_bit_file.read_bytes()[:-500])
+    with pytest.raises(ValueError, match="usable"):
+        Q.load_quantized(bad)
+    with pytest.raises(ValueError, match="not a quantized"):
+        Q.load_quantized(run_dir / "ckpt.pt")
+    with pytest.raises(ValueError, match="4 bits, not 8"):
+        Q.save_quantized(quantize(randomized(), "8-8-8"), tmp_path / "eight.pt", {}, {})
+    assert not (tmp_path / "eight.pt").exists()
