@@ -305,7 +305,11 @@ def load_checkpoint(path: Path) -> dict:
     """
     path = Path(path)
     path = path / "ckpt.pt" if path.is_dir() else path
-    state = read_archive(path)
+    return check_checkpoint(read_archive(path), path)
+
+
+def check_checkpoint(state, path) -> dict:
+    """`state` as it is. Raises ValueError, naming `path`, unless it is what train.py saves."""
     kinds = {"step": int, "config": dict, "model": dict, "optimizers": list, "options": dict, "data": dict}
     if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
         if isinstance(state, dict) and "packing" in state:

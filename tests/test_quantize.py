@@ -1,12 +1,14 @@
 """What quantization promises. Tolerances are measured; where one is 0, the numbers are equal bit for bit."""
 
 import copy
+import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+import eval as evaluation
 import quantize as Q
 import train
 from data.tokens import Dataset
@@ -651,3 +653,36 @@ def test_a_quantized_file_from_elsewhere_is_refused(four_bit_file, run_dir, tmp_
     with pytest.raises(ValueError, match="4 bits, not 8"):
         Q.save_quantized(quantize(randomized(), "8-8-8"), tmp_path / "eight.pt", {}, {})
     assert not (tmp_path / "eight.pt").exists()
+
+
+# eval.py
+
+
+def evaluated(capsys, *argv):
+    evaluation.main([str(a) for a in (*argv, "--device", "cpu")])
+    return capsys.readouterr().out
+
+
+def test_eval_measures_bits_by_method_and_a_file_has_the_loss_of_its_simulation(run_dir, tmp_path, capsys):
+    argv = run_dir, "--bits", "16-16-16,4-4-4", "--methods", "rtn,gptq"
+    row, = json.loads(evaluated(capsys, *argv, "--json"))
+    assert list(row["quantized"]) == ["16-16-16", "4-4-4"] and list(row["quantized"]["4-4-4"]) == ["rtn", "gptq"]
+    rtn16, gptq4 = row["quantized"]["16-16-16"]["rtn"], row["quantized"]["4-4-4"]["gptq"]
+    assert abs(rtn16["added"]) < 1e-5 < abs(gptq4["added"])
+    assert gptq4["added"] == pytest.approx(gptq4["val_loss"] - row["val_loss"])
+    Q.main([str(run_dir), "--method", "gptq", "--out", str(tmp_path / "four.pt"), "--device", "cpu"])
+    table = evaluated(capsys, *argv).splitlines()[-3:]
+    assert table[0].split()[-3:] == ["exact", "16-16-16", "4-4-4"] and table[2].split()[1] == "gptq"
+    assert float(table[2].split()[-1]) == pytest.approx(gptq4["added"], abs=6e-5)
+    file, = json.loads(evaluated(capsys, tmp_path / "four.pt", "--json"))
+    assert file["val_loss"] == gptq4["val_loss"] and file["label"] == "OSP, gptq 4-4-4" and file["target"] == "four"
+    assert "quantized" not in file and evaluated(capsys, tmp_path / "four.pt", "--prompt", "a", "--tokens", 5)
+    with pytest.raises(SystemExit, match="already"):
+        evaluated(capsys, tmp_path / "four.pt", "--bits", "4-4-4")
+
+
+def test_eval_refuses_impossible_bits_and_methods(run_dir, capsys):
+    for argv in (["--bits", "4-4-4,4-4"], ["--bits", "1-4-4"], ["--bits", "4-4-4", "--methods", "rtn,awq"]):
+        with pytest.raises(SystemExit) as error:
+            evaluated(capsys, run_dir, *argv)
+        assert error.value.code == 2 and argv[-1].split(",")[-1] in capsys.readouterr().err.splitlines()[-1]
