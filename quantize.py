@@ -616,6 +616,8 @@ def quantized_model(state: dict, path, device="cpu") -> Transformer:
     made = state["quantization"]
     try:
         bits, scales, weights = parse_bits(made["bits"]), made["scales"], dict(state["weights"])
+        if made["method"] not in METHODS or made["ffn_hadamard"] not in (True, False):
+            raise ValueError("unknown method")
         with torch.device("meta"):
             model = Transformer(Config(**state["config"]))
         for name, packed in state["codes"].items():

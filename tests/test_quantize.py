@@ -640,6 +640,7 @@ def test_a_quantized_file_from_elsewhere_is_refused(four_bit_file, run_dir, tmp_
     wider = dict(state["config"], n_embd=64)
     wrong = [(dict(version=2), "version 2.*version 1"), (dict(config=wider), "does not fit"), (dict(weights={}), "fit"),
              (dict(config=dict(n_moons=3)), "n_moons"), (dict(codes=[]), "not a quantized"),
+             (dict(quantization=dict(state["quantization"], ffn_hadamard=None)), "unknown method"),
              (dict(quantization={}), "does not fit"), (dict(codes={}), "does not fit")]
     for change, words in wrong:
         torch.save(state | change, bad)
