@@ -3,6 +3,7 @@
     python eval.py runs/A runs/B              loss, kurtosis, massive activations, attention sinks: one table
     python eval.py runs/A --as-published      also the kurtosis of the paper's own script
     python eval.py runs/A --text FILE         loss and perplexity on any text, by the WikiText-2 protocol
+    python eval.py runs/A runs/B --bits 4-4-4 --methods rtn,had,gptq,quarot,spinquant     what 4 bits cost (quantize.py)
     python eval.py runs/A --prompt "ROMEO:"   let it write
     python eval.py runs/A runs/B --plot DIR   figures (needs matplotlib)
 
@@ -34,7 +35,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data.tokens import Dataset, find_dataset, tokenizer
-from model import Transformer, load_checkpoint, model_from_checkpoint
+from model import Transformer, check_checkpoint, model_from_checkpoint, read_archive
+from quantize import METHODS, calibration_windows, parse_bits, quantize, quantized_model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics of vectors
@@ -371,8 +373,9 @@ class Target:
     options: dict  # how it was trained
 
     def label(self) -> str:
-        """What is on, in words: "Adam", "Muon + SSNorm", "OSP"."""
-        return configuration_label(self.options)
+        """What is on, in words: "Adam", "Muon + SSNorm", "OSP", "OSP, gptq 4-4-4"."""
+        made = getattr(self.model, "quantization", None)
+        return configuration_label(self.options) + (f", {made['method']} {made['bits']}" if made else "")
 
     def dataset(self) -> Dataset:
         """The validation split of the data it was trained on."""
@@ -386,11 +389,15 @@ def configuration_label(options: dict) -> str:
 
 
 def load_target(path: str, device: str) -> Target:
-    """The model at `path`, a run directory or a checkpoint. Raises what load_checkpoint does."""
-    state, path = load_checkpoint(path), Path(path)
+    """The model at `path`: a run directory, a checkpoint or a file of quantize.py. Raises what load_checkpoint does."""
+    path = Path(path)
+    state = read_archive(path / "ckpt.pt" if path.is_dir() else path)
+    if isinstance(state, dict) and "packing" in state:
+        model = quantized_model(state, path, device)
+    else:
+        model = model_from_checkpoint(check_checkpoint(state, path), device).eval()
     options = state["options"]
     name = path.resolve().name if path.is_dir() else path.stem
-    model = model_from_checkpoint(state, device).eval()
     return Target(name, path, model, tokenizer(state["data"]["tokenizer"]), options["seq_len"], options)
 
 
@@ -531,6 +538,30 @@ def measure_target(target: Target, dataset, batch_size: int, autocast, as_publis
     return dict(target=target.name, label=target.label(), **result, sinks=sinks)
 
 
+def measure_quantized(target: Target, dataset, batch_size: int, autocast, args, exact: float) -> dict:
+    """Loss of the quantized model per bit setting and method, and how much that adds to the `exact` loss."""
+    numbers, results = np.arange(dataset.n_windows), {bits: {} for bits in args.bits}
+    for method in tqdm(args.methods, f"quantize {target.name}", leave=False, disable=None):
+        windows = calibration_windows(target.options, target.encoding.name, method, file=args.calib)
+        for bits in args.bits:
+            model = quantize(target.model, bits, method, windows)
+            loss = mean_loss(model, dataset, numbers, batch_size, autocast, progress=True).item()
+            perplexity = math.exp(min(loss, 700))  # e^710 is more than a float can hold
+            results[bits][method] = dict(val_loss=loss, perplexity=perplexity, added=loss - exact)
+    return results
+
+
+def quantized_table(rows: list[dict]) -> str:
+    """One line a target and method, one column a bit setting: the loss added, laid out as the paper's Table 2."""
+    columns = list(rows[0]["quantized"])
+    lines = [f"{'loss added by W-A-KV bits':<44}{'exact':>8}" + "".join(f"{bits:>10}" for bits in columns)]
+    for r in rows:
+        for method in r["quantized"][columns[0]]:
+            cells = "".join(f"{r['quantized'][bits][method]['added']:>+10.4f}" for bits in columns)
+            lines.append(f"{r['target']:<34}{method:<10}{r['val_loss']:>8.4f}{cells}")
+    return "\n".join(lines)
+
+
 def write(target: Target, args) -> str:
     """Continue args.prompt; prints as it goes unless --json."""
     prompt = target.encoding.encode_ordinary(args.prompt)
@@ -550,13 +581,18 @@ def write(target: Target, args) -> str:
 
 def build_parser() -> Parser:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("targets", nargs="+", metavar="TARGET", help="a run directory or a checkpoint file")
+    p.add_argument("targets", nargs="+", metavar="TARGET", help="a run directory, a checkpoint or a quantized file")
     add = p.add_argument_group("measuring").add_argument
     add("--text", type=Path, metavar="FILE", help="measure on this text instead of the run's validation split")
     add("--seq-len", type=int, help="with --text: tokens a block (default: the length the model was trained on)")
     add("--as-published", action="store_true", help="also the kurtosis of the paper's script (tokens without context)")
     add("--batch-size", type=int, help="sequences at once; changes speed and memory, not results")
     add("--plot", type=Path, metavar="DIR", help="write figures there (pip install -r requirements-extra.txt)")
+    add = p.add_argument_group("quantizing").add_argument
+    add("--bits", metavar="W-A-KV,...", help="also the loss with these bits of weights, activations, and keys and "
+        "values: each 2 to 8 or 16, as 4-4-4 or 16-16-16,4-8-16,4-8-8,4-4-16,4-4-4")
+    add("--methods", default="rtn,had", help=f"with --bits: some of {','.join(METHODS)} (default: rtn,had)")
+    add("--calib", type=Path, metavar="FILE", help="with --bits: text to calibrate on (default: the training split)")
     add = p.add_argument_group("writing").add_argument
     add("--prompt", help="let the model continue this text instead of measuring it")
     add("--tokens", type=int, default=400, help="how many tokens to write (default: 400)")
@@ -568,6 +604,20 @@ def build_parser() -> Parser:
     add("--dtype", choices=["float32", "bfloat16"], help="of matrix products (default: bfloat16 on CUDA)")
     add("--json", action="store_true", help="one JSON list on stdout, everything else on stderr")
     return p
+
+
+def check_quantization(args, error):
+    """Cut --bits and --methods at their commas. One that cannot be goes to error(message)."""
+    args.bits = args.bits.split(",") if args.bits else []
+    args.methods = args.methods.split(",")
+    try:
+        for bits in args.bits:
+            parse_bits(bits)
+    except ValueError as wrong:
+        error(f"--bits: {wrong}")
+    for method in args.methods:
+        if method not in METHODS:
+            error(f"--methods {method!r}: use some of {','.join(METHODS)}")
 
 
 def main(argv=None):
@@ -582,6 +632,7 @@ def main(argv=None):
         value = getattr(args, name)
         if value is not None and not value >= low:
             parser.error(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
+    check_quantization(args, parser.error)
     autocast = precision(args.device, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     try:
         plot = None
@@ -600,6 +651,9 @@ def main(argv=None):
             batch_size = args.batch_size or max(1, 4096 // block)
             rows.append(measure_target(target, dataset, batch_size, autocast, args.as_published))
             print(describe(target, rows[-1]), end="\n\n", file=sys.stderr if args.json else sys.stdout, flush=True)
+            if args.bits:
+                exact = rows[-1]["val_loss"]
+                rows[-1]["quantized"] = measure_quantized(target, dataset, batch_size, autocast, args, exact)
             if plot:
                 pictures.append(plot.Picture.of(target, rows[-1], dataset, autocast))
         if plot and pictures:
@@ -607,9 +661,10 @@ def main(argv=None):
                 print(f"wrote {path}", file=sys.stderr)
         if args.json:
             print(json.dumps(rows))
-        elif len(rows) > 1 and args.prompt is None:
-            print(comparison(rows))
-    except (ValueError, OSError, ImportError) as error:
+        elif args.prompt is None:
+            tables = [comparison(rows)] * (len(rows) > 1) + ([quantized_table(rows)] if args.bits else [])
+            print("\n\n".join(tables), end="\n" if tables else "")
+    except (ValueError, OSError, ImportError, ArithmeticError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -281,13 +281,11 @@ def save_checkpoint(state: dict, path: Path):
         raise OSError(f"could not write {path}: {str(cause).splitlines()[0]}") from error
 
 
-def load_checkpoint(path: Path) -> dict:
-    """Read what train.py saved. `path` is the file or its run directory. Nothing in the file is executed.
+def read_archive(path: Path):
+    """The contents of a torch file. Nothing in it is executed.
 
-    Raises FileNotFoundError, and ValueError for a file that is damaged, foreign or holds anything but data.
+    Raises FileNotFoundError, and ValueError for a file that is damaged or holds anything but data.
     """
-    path = Path(path)
-    path = path / "ckpt.pt" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
@@ -295,14 +293,30 @@ def load_checkpoint(path: Path) -> dict:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile("a checksum does not match")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile, pickle and torch each have their own kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "Weights only load failed" in reason:
             reason = "it holds objects that would run code when loaded, not only tensors and numbers"
         raise ValueError(f"{path} is not a usable checkpoint: {reason}") from error
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read what train.py saved. `path` is the file or its run directory.
+
+    Raises what read_archive does, and ValueError for a foreign file.
+    """
+    path = Path(path)
+    path = path / "ckpt.pt" if path.is_dir() else path
+    return check_checkpoint(read_archive(path), path)
+
+
+def check_checkpoint(state, path) -> dict:
+    """`state` as it is. Raises ValueError, naming `path`, unless it is what train.py saves."""
     kinds = {"step": int, "config": dict, "model": dict, "optimizers": list, "options": dict, "data": dict}
     if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+        if isinstance(state, dict) and "packing" in state:
+            raise ValueError(f"{path} is a quantized model (quantize.py made it): only eval.py reads these")
         raise ValueError(f"{path} is a torch file, but not a checkpoint of train.py")
     return state
 
