@@ -514,7 +514,7 @@ tokens      {tokens:,} a step, {tokens * opt.steps:,} in {opt.steps:,} steps""")
 
 def summarize(opt, s: dict) -> str:
     bits = f" = {s['bits_per_byte']:.4f} bits per byte" if s["bits_per_byte"] else ""
-    other = ", without --osp: plain Adam" if is_osp(opt) else " --osp"
+    other = ", without --osp: plain Adam" if is_osp(opt) else ", with --osp"
     return f"""
 validation loss    {s['val_loss']:.4f} nats per token{bits}
 excess kurtosis    {s['kurtosis']:.3f} (perfectly Gaussian activations: {s['kurtosis_floor']:.3f})

@@ -2,6 +2,7 @@
 
     first_minute/*.txt            what the first commands printed
     learning_rates/*.jsonl        one line a run of the sweeps: its command, hardware and final measurement
+    four_bits/*.txt               the loss that quantization adds, as eval.py --bits printed it
     ablation_*/                   eval.json and (every tenth step of) log.jsonl of `python train.py --ablation`
 
 A table stands in the README between <!-- table NAME --> and <!-- end -->. A test compares it with what this file makes.
@@ -61,6 +62,14 @@ def learning_rates(name: str) -> str:
     return markdown(["", "peak learning rate", "runs", "validation loss", "excess kurtosis"], rows)
 
 
+def four_bits(name: str) -> str:
+    rows = []
+    for line in (HERE / f"four_bits/{name}.txt").read_text().splitlines()[2:]:
+        target, method, exact, added = line.split()
+        rows.append([LABELS[target.split("-")[-1]], method, exact, added, f"{float(exact) + float(added):.4f}"])
+    return markdown(["", "method", "exact loss", "added at 4-4-4", "together"], rows)
+
+
 ROWS = ("adam", "muon-only", "muon", "muon-ss", "muon-embproj", "muon-ss-embproj")  # the paper's order
 
 
@@ -73,6 +82,7 @@ TABLES = {
     "first_minute": first_minute,
     "ablation_toy": lambda: ablation("toy"),
     "ablation_tiny": lambda: ablation("tiny"),
+    "four_bits_tiny": lambda: four_bits("tiny"),
     **{name: lambda name=name: learning_rates(name) for name in ("tiny-800", "toy-1000", "toy-1200")},
 }
 
