@@ -6,14 +6,13 @@ finished row is kept, an unfinished one resumed, and a measurement is made once.
 
 import argparse
 import json
-import os
 import statistics
 from pathlib import Path
 
 import torch.distributed as dist
 
-from eval import load_target, measure_target, pick_device, precision, strongest_state
-from train import ROOT, Ranks, complete, default_preset, first, train
+from eval import first, load_target, measure_target, pick_device, precision, strongest_state
+from train import ROOT, Ranks, complete, default_preset, parts_name, train, write_whole
 
 TABLE_2 = [("adam", "rms", False), ("muon-only", "rms", False), ("muon", "rms", False), ("muon", "ss", False),
            ("muon", "rms", True), ("muon", "ss", True)]  # optimizer, norm, embproj: the paper's rows, in its order
@@ -26,6 +25,8 @@ def ablation(opt, error, say):
     tabulate and draw. `opt` are train.py's options, as given; `error` and `say` are its functions too."""
     if opt.resume or opt.osp or opt.optimizer or opt.norm or opt.embproj is not None or opt.dry_run:
         error("--ablation chooses the parts of OSP itself, and goes on by itself if it is started again")
+    if opt.seeds is not None and opt.seeds < 1:
+        error(f"--seeds {opt.seeds} is out of range")
     opt.device = pick_device(opt.device, error)
     opt.preset = opt.preset or default_preset(opt.device)
     base = Path(opt.out or ROOT / "runs" / f"ablation-{Path(opt.data or 'shakespeare').name}-{opt.preset}")
@@ -33,8 +34,7 @@ def ablation(opt, error, say):
     for seed in range(first_seed, first_seed + (1 if opt.seeds is None else opt.seeds)):
         for optimizer, norm, embproj in TABLE_2 + LACKING * opt.full:
             row = argparse.Namespace(**vars(opt) | dict(optimizer=optimizer, norm=norm, embproj=embproj, seed=seed))
-            parts = [optimizer] + ["ss"] * (norm == "ss") + ["embproj"] * embproj
-            directory = base / f"{'-'.join(parts)}-s{seed}"
+            directory = base / f"{parts_name(row)}-s{seed}"
             done = (directory / "ckpt.pt").exists()
             row.resume, row.out = (str(directory), None) if done else (None, str(directory))
             state = complete(row, error)
@@ -48,7 +48,7 @@ def ablation(opt, error, say):
                 dist.barrier()
     if first():
         table = ablation_table(rows)
-        (base / "table.md").write_text(table + "\n")
+        write_whole(base / "table.md", table + "\n")
         print(json.dumps(rows) if opt.json else f"\n{table}\n\n{base / 'table.md'}")
         try:
             import plot  # only now: it needs matplotlib, which is optional
@@ -66,10 +66,14 @@ def measured(directory: Path, opt) -> dict:
     target = load_target(directory, opt.device)
     rows = max(1, 4096 // opt.seq_len)
     result = measure_target(target, target.dataset(), rows, precision(opt.device, opt.dtype), as_published=True)
-    temporary = directory / "eval.json.tmp"
-    temporary.write_text(json.dumps(dict(result, path=str(directory))) + "\n")
-    os.replace(temporary, kept)
+    write_whole(kept, json.dumps(dict(result, path=str(directory))) + "\n")
     return json.loads(kept.read_text())
+
+
+def mean_and_spread(values, digits: int) -> str:
+    """Mean ± standard deviation; of a single value, the value."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def ablation_table(rows: list[dict]) -> str:
@@ -77,10 +81,6 @@ def ablation_table(rows: list[dict]) -> str:
     grouped = {}
     for row in rows:
         grouped.setdefault(row["label"], []).append(row)
-
-    def cell(values, digits):
-        mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
-        return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
 
     floors = rows[0]["kurtosis_floor"], rows[0]["kurtosis_as_published_floor"]
     lines = [
@@ -90,8 +90,8 @@ def ablation_table(rows: list[dict]) -> str:
     ]
     for label, group in grouped.items():
         largest = [r["largest"][strongest_state(r["largest"])]["ratio"] for r in group]
-        bits = cell([r["bits_per_byte"] for r in group], 4) if group[0]["bits_per_byte"] else "-"
-        kurtosis, published = (cell([r[k] for r in group], 3) for k in ("kurtosis", "kurtosis_as_published"))
-        loss = cell([r["val_loss"] for r in group], 4)
-        lines.append(f"| {label} | {loss} | {bits} | {kurtosis} | {published} | {cell(largest, 0)} |")
+        bits = mean_and_spread([r["bits_per_byte"] for r in group], 4) if group[0]["bits_per_byte"] else "-"
+        kurtosis, published = (mean_and_spread([r[k] for r in group], 3) for k in ("kurtosis", "kurtosis_as_published"))
+        loss = mean_and_spread([r["val_loss"] for r in group], 4)
+        lines.append(f"| {label} | {loss} | {bits} | {kurtosis} | {published} | {mean_and_spread(largest, 0)} |")
     return "\n".join(lines)

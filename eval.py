@@ -220,8 +220,8 @@ def evaluate(model, dataset, n_windows: int, batch_size: int, autocast, rank: in
     return loss_and_kurtosis(loss, per_layer, model.config, dataset.meta["bytes_per_token"])
 
 
-def measure(model, dataset, batch_size: int, autocast, n_windows: int | None = None) -> dict:
-    """Everything in one pass over the whole split (or n_windows of it): what evaluate gives, and perplexity,
+def measure(model, dataset, batch_size: int, autocast) -> dict:
+    """Everything in one pass over the whole split: what evaluate gives, and perplexity,
     `sites` (kurtosis per layer and floor, per site) and `largest` (per state of the residual stream, see Watch).
     """
     config = model.config
@@ -231,8 +231,7 @@ def measure(model, dataset, batch_size: int, autocast, n_windows: int | None = N
             name: stack.enter_context(Watch(model, modules, extremes=name == "residual stream"))
             for name, modules in sites(model).items()
         }
-        numbers = np.arange(dataset.n_windows) if n_windows is None else dataset.evaluation_windows(n_windows)
-        loss = mean_loss(model, dataset, numbers, batch_size, autocast, progress=True).item()
+        loss = mean_loss(model, dataset, np.arange(dataset.n_windows), batch_size, autocast, progress=True).item()
     stream = watches["residual stream"]
     result = loss_and_kurtosis(loss, stream.means().tolist(), config, dataset.meta["bytes_per_token"])
     per_site = {
@@ -481,6 +480,11 @@ def comparison(rows: list[dict]) -> str:
 # The machine and the command line
 
 
+def first() -> bool:
+    """Of torchrun's processes, is this the one that talks?"""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that takes --batch_size for --batch-size, names the nearest option for a misspelt one, and is brief."""
 
@@ -496,7 +500,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message):
-        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, the one that talks
+        if first():
             print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data.prepare import prepare
 from data.tokens import Dataset, find_dataset, read_meta
-from eval import Parser, evaluate, peak_memory_gib, pick_device, precision
+from eval import Parser, evaluate, first, peak_memory_gib, pick_device, precision
 from model import PRESETS, Config, Transformer, load_checkpoint, save_checkpoint
 from muon import make_optimizers, optimizer_table
 
@@ -60,11 +60,6 @@ LAUNCH = {"json", "resume", "dry_run", "osp", "out", "ablation", "full", "seeds"
 # Options that may change on --resume:
 MAY_CHANGE = {"steps", "cooldown", "micro_batch_size", "eval_every", "save_every", "data", "device", "compile"}
 LAST_GOOD = "the run's checkpoint is the last good state. Try a lower --lr"
-
-
-def first() -> bool:
-    """Of torchrun's processes, is this the one that talks?"""
-    return os.environ.get("RANK", "0") == "0"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,8 +140,6 @@ def complete(opt, error):
     opt.device = pick_device(opt.device, error)
     fill_in(opt)
     check(opt, error)
-    if state and state["step"] >= opt.steps and not opt.ablation:
-        error(f"{opt.resume} has done all its {state['step']} steps; to train on, give a larger --steps")
     return state
 
 
@@ -270,6 +263,13 @@ def model_config(opt, vocab_size: int) -> Config:
     return Config(**shape)
 
 
+def write_whole(path: Path, text: str):
+    """Write a small file under a temporary name, then rename it: a kill leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 class Run:
     """The run's directory. Only rank 0 writes."""
 
@@ -288,8 +288,7 @@ class Run:
     @staticmethod
     def new_directory(opt) -> Path:
         """runs/<data>-<preset>-<what is on>, with a number behind it if that is taken."""
-        parts = [opt.optimizer, *(["ss"] if opt.norm == "ss" else []), *(["embproj"] if opt.embproj else [])]
-        name = "-".join([Path(opt.data).name, opt.preset, *(["osp"] if is_osp(opt) else parts)])
+        name = "-".join([Path(opt.data).name, opt.preset, "osp" if is_osp(opt) else parts_name(opt)])
         for suffix in itertools.chain([""], (f"-{i}" for i in itertools.count(2))):
             try:
                 (ROOT / "runs" / (name + suffix)).mkdir(parents=True)
@@ -317,9 +316,7 @@ class Run:
             except (ValueError, TypeError, KeyError):  # a line torn by a crash
                 pass
         self.log_file.truncate(kept)
-        temporary = self.path / "config.json.tmp"
-        temporary.write_text(json.dumps(self.options, indent=2) + "\n")
-        os.replace(temporary, self.path / "config.json")
+        write_whole(self.path / "config.json", json.dumps(self.options, indent=2) + "\n")
 
     def log(self, **record):
         if self.rank == 0:
@@ -340,6 +337,11 @@ class Run:
         }
         if self.rank == 0:
             save_checkpoint(state, self.path / "ckpt.pt")
+
+
+def parts_name(opt) -> str:
+    """What is on, for the name of a directory: "adam", "muon-ss-embproj", ..."""
+    return "-".join([opt.optimizer] + ["ss"] * (opt.norm == "ss") + ["embproj"] * opt.embproj)
 
 
 def is_osp(opt) -> bool:
@@ -539,6 +541,8 @@ def main(argv=None):
 
             return ablation(opt, parser.error, say)
         state = complete(opt, parser.error)
+        if state and state["step"] >= opt.steps:
+            parser.error(f"{opt.resume} has done all its {state['step']} steps; to train on, give a larger --steps")
         if opt.dry_run:
             return dry_run(opt) if first() else None
         say(f"preset {opt.preset} on {opt.device} in {opt.dtype}: optimizer {opt.optimizer}, norm {opt.norm}, "

@@ -10,14 +10,13 @@ A table stands in the README between <!-- table NAME --> and <!-- end -->. A tes
 
 import json
 import re
-import statistics
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # so that it runs from any directory
 
-from ablation import ablation_table  # noqa: E402 (it needs the line above)
+from ablation import ablation_table, mean_and_spread  # noqa: E402 (it needs the line above)
 
 LABELS = {"adam": "Adam", "osp": "OSP", "muon-only": "Muon-only"}
 
@@ -43,11 +42,6 @@ def first_minute() -> str:
 
 def sweep(name: str) -> list[dict]:
     return [json.loads(line) for line in (HERE / f"learning_rates/{name}.jsonl").read_text().splitlines()]
-
-
-def mean_and_spread(values, digits: int) -> str:
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def learning_rates(name: str) -> str:

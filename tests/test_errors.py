@@ -61,6 +61,7 @@ def test_impossible_numbers(fails, small_run):
     fails([*small_run, "--steps", "9", "--warmup", "10"], 2, "--warmup 10")
     fails([*small_run, "--n-head", "5"], 2, "n_head 5")
     fails([*small_run, "--lr", "inf"], 2, "--lr inf")
+    fails([*small_run, "--ablation", "--seeds", "0"], 2, "--seeds 0")
     fails([*small_run, "--grad-clip", "nan"], 2, "--grad-clip nan")
     fails([*small_run, "--batch-size", "1" + "0" * 20], 2, "--batch-size")
     fails(["--preset", "small"], 2, "--preset small is for real text", "--data")
