@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from eval import first, load_target, measure_target, pick_device, precision, strongest_state
+from cli import first, pick_device, precision
+from eval import load_target, measure_target, strongest_state
 from train import ROOT, Ranks, complete, default_preset, parts_name, train, write_whole
 
 TABLE_2 = [("adam", "rms", False), ("muon-only", "rms", False), ("muon", "rms", False), ("muon", "ss", False),

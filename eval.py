@@ -17,15 +17,12 @@ Words used here: a *site* is a place in every layer whose values we look at, a *
 Read it top to bottom: statistics of vectors, watching a model's sites, evaluation, sinks, sampling, targets, output.
 """
 
-import argparse
-import difflib
 import functools
 import json
 import math
-import os
 import sys
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +31,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from cli import Parser, peak_memory_gib, pick_device, precision
 from data.tokens import Dataset, find_dataset, tokenizer
 from model import Transformer, check_checkpoint, model_from_checkpoint, read_archive
 from quantize import METHODS, calibration_windows, parse_bits, quantize, quantized_model
@@ -477,57 +475,7 @@ def comparison(rows: list[dict]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The machine and the command line
-
-
-def first() -> bool:
-    """Of torchrun's processes, is this the one that talks?"""
-    return os.environ.get("RANK", "0") == "0"
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that takes --batch_size for --batch-size, names the nearest option for a misspelt one, and is brief."""
-
-    def parse(self, argv):
-        def dashes(word):
-            name, *value = word.split("=", 1)
-            return "=".join([name.replace("_", "-"), *value]) if word.startswith("--") else word
-
-        args, unknown = self.parse_known_args([dashes(word) for word in argv])
-        if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
-            self.error(f"unknown option {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
-        return args
-
-    def error(self, message):
-        if first():
-            print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
-def pick_device(asked: str | None, error) -> str:
-    """The device asked for, or the best there is. One that is not there goes to error(message)."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if asked and not there[asked]:
-        error(f"--device {asked}: torch sees no {asked.upper()} device here; use --device cpu")
-    return asked or next(device for device in there if there[device])
-
-
-def precision(device: str, dtype: str):
-    """The context of every forward pass: matrix products in bfloat16, or nothing."""
-    return torch.autocast(device, dtype=torch.bfloat16) if dtype == "bfloat16" else nullcontext()
-
-
-def peak_memory_gib(device: str) -> float:
-    """The most memory held so far, of the GPU or of this process, in GiB; nan where that cannot be known."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return math.nan
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+# The command line
 
 
 def measure_target(target: Target, dataset, batch_size: int, autocast, as_published: bool) -> dict:
@@ -584,7 +532,7 @@ def write(target: Target, args) -> str:
 
 
 def build_parser() -> Parser:
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = Parser(__doc__)
     p.add_argument("targets", nargs="+", metavar="TARGET", help="a run directory, a checkpoint or a quantized file")
     add = p.add_argument_group("measuring").add_argument
     add("--text", type=Path, metavar="FILE", help="measure on this text instead of the run's validation split")

@@ -28,7 +28,6 @@ not undo that: it changes the model).
 Read it top to bottom: Hadamard matrices, rounding, points, rotations, GPTQ, SpinQuant, quantize(), files, command line.
 """
 
-import argparse
 import functools
 import math
 import sys
@@ -42,6 +41,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
+from cli import Parser, pick_device
 from data.tokens import Dataset, find_dataset, tokenizer
 from model import (
     Config,
@@ -663,9 +663,8 @@ def calibration_windows(options: dict, encoding: str, method: str, steps: int = 
     return blocks[torch.arange(min(n, len(blocks))) * len(blocks) // min(n, len(blocks))]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    layout = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+def build_parser() -> Parser:
+    p = Parser(__doc__)
     add = p.add_argument
     add("target", metavar="TARGET", help="a run directory or a checkpoint file of train.py")
     add("--out", type=Path, required=True, metavar="FILE", help="where the model goes, its weights in 4 bits")
@@ -678,7 +677,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=SPIN_STEPS, help=f"of SpinQuant (default: {SPIN_STEPS})")
     add("--lr", type=float, default=SPIN_LR, help=f"of SpinQuant; if its loss jumps, lower it (default: {SPIN_LR})")
     add("--seed", type=int, default=0, help="of the random rotations (default: 0)")
-    add("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
+    add("--device", choices=["cuda", "mps", "cpu"], help="default: the first of these that is there")
     return p
 
 
@@ -697,15 +696,13 @@ def check(args, error):
         error("--w-group, --steps, --lr and --seed must be numbers of at least 0")
     if args.out.is_dir() or not args.out.parent.is_dir():
         error(f"--out {args.out} must be a file in a directory that exists")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        error("--device cuda: torch sees no CUDA device here; use --device cpu")
 
 
 def main(argv=None):
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse(sys.argv[1:] if argv is None else argv)
     check(args, parser.error)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(args.device, parser.error)
     try:
         state = load_checkpoint(args.target)
         options, data = state["options"], state["data"]

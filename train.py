@@ -28,9 +28,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from cli import Parser, first, peak_memory_gib, pick_device, precision
 from data.prepare import prepare
 from data.tokens import Dataset, find_dataset, read_meta
-from eval import Parser, evaluate, first, peak_memory_gib, pick_device, precision
+from eval import evaluate
 from model import PRESETS, Config, Transformer, load_checkpoint, save_checkpoint
 from muon import make_optimizers, optimizer_table
 
@@ -68,7 +69,7 @@ LAST_GOOD = "the run's checkpoint is the last good state. Try a lower --lr"
 
 def build_parser() -> Parser:
     """Every option. None means not given: the preset or, on --resume, the run decides."""
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = Parser(__doc__)
 
     add = p.add_argument_group("the method: each part of OSP is a switch").add_argument
     add("--osp", action="store_true", help="all of it: exactly --optimizer muon --norm ss --embproj")
