@@ -138,11 +138,11 @@ class Watch(Hooked):
         if self.extremes:
             a = x.abs().flatten(1).float()  # [B, T C]
             biggest, at = a.max(dim=1)  # [B]
-            ratio = biggest / a.median(dim=1).values.clamp(min=1e-30)
             b = int(biggest.argmax())
-            if biggest[b] > self.largest[i]["value"]:
+            if biggest[b] > self.largest[i]["value"]:  # a record is rare, and a median of millions slow
                 position, channel = divmod(int(at[b]), x.shape[-1])
-                self.largest[i] = dict(value=biggest[b].item(), ratio=ratio[b].item(), position=position,
+                ratio = biggest[b] / a[b].median().clamp(min=1e-30)
+                self.largest[i] = dict(value=biggest[b].item(), ratio=ratio.item(), position=position,
                                        channel=channel, token=int(self.tokens[b, position]))
 
     def means(self) -> torch.Tensor:
@@ -385,15 +385,22 @@ def configuration_label(options: dict) -> str:
     return "OSP" if parts == ["Muon", "SSNorm", "EmbProj"] else " + ".join(parts)
 
 
-def load_target(path: str, device: str) -> Target:
-    """The model at `path`: a run directory, a checkpoint or a file of quantize.py. Raises what load_checkpoint does."""
+def load_target(path: str, device: str, int4: bool = False) -> Target:
+    """The model at `path`: a run directory, a checkpoint or a file of quantize.py, whose weights `int4` leaves packed.
+    Raises what load_checkpoint does."""
     path = Path(path)
     state = read_archive(path / "ckpt.pt" if path.is_dir() else path)
     if isinstance(state, dict) and "packing" in state:
-        model = quantized_model(state, path, device)
+        model = quantized_model(state, path, device, int4)
+    elif int4:
+        raise ValueError(f"{path} is not quantized: --int4 is for files of quantize.py --out")
     else:
-        model = model_from_checkpoint(check_checkpoint(state, path), device).eval()
+        model = model_from_checkpoint(check_checkpoint(state, path), device).eval().requires_grad_(False)
     options = state["options"]
+    missing = {"optimizer", "norm", "embproj", "data", "seq_len", "seed"} - options.keys()
+    missing |= {"tokenizer"} - state["data"].keys()
+    if missing:
+        raise ValueError(f"{path} does not say {', '.join(sorted(missing))}: train.py or quantize.py would have")
     name = path.resolve().name if path.is_dir() else path.stem
     return Target(name, path, model, tokenizer(state["data"]["tokenizer"]), options["seq_len"], options)
 
@@ -490,45 +497,68 @@ def measure_target(target: Target, dataset, batch_size: int, autocast, as_publis
     return dict(target=target.name, label=target.label(), **result, sinks=sinks)
 
 
-def measure_quantized(target: Target, dataset, batch_size: int, autocast, args, exact: float) -> dict:
+def measure_quantized(target, dataset, batch_size: int, autocast, exact: float, bits, methods, calib=None) -> dict:
     """Loss of the quantized model per bit setting and method, and how much that adds to the `exact` loss."""
-    numbers, results = np.arange(dataset.n_windows), {bits: {} for bits in args.bits}
-    for method in tqdm(args.methods, f"quantize {target.name}", leave=False, disable=None):
-        windows = calibration_windows(target.options, target.encoding.name, method, file=args.calib)
-        for bits in args.bits:
-            model = quantize(target.model, bits, method, windows)
+    numbers, results = np.arange(dataset.n_windows), {each: {} for each in bits}
+    for method in tqdm(methods, f"quantize {target.name}", leave=False, disable=None):
+        windows = calibration_windows(target.options, target.encoding.name, method, file=calib)
+        for each in bits:
+            model = quantize(target.model, each, method, windows)
             loss = mean_loss(model, dataset, numbers, batch_size, autocast, progress=True).item()
             perplexity = math.exp(min(loss, 700))  # e^710 is more than a float can hold
-            results[bits][method] = dict(val_loss=loss, perplexity=perplexity, added=loss - exact)
+            results[each][method] = dict(val_loss=loss, perplexity=perplexity, added=loss - exact)
     return results
 
 
 def quantized_table(rows: list[dict]) -> str:
-    """One line a target and method, one column a bit setting: the loss added, laid out as the paper's Table 2."""
-    columns = list(rows[0]["quantized"])
-    lines = [f"{'loss added by W-A-KV bits':<44}{'exact':>8}" + "".join(f"{bits:>10}" for bits in columns)]
-    for r in rows:
-        for method in r["quantized"][columns[0]]:
-            cells = "".join(f"{r['quantized'][bits][method]['added']:>+10.4f}" for bits in columns)
-            lines.append(f"{r['target']:<34}{method:<10}{r['val_loss']:>8.4f}{cells}")
+    """For one bit setting the paper's Table 4: a line a method, a column a target. For several its Table 2: a line a
+    target and method, a column a setting."""
+    settings = list(rows[0]["quantized"])
+    methods = list(rows[0]["quantized"][settings[0]])
+    if len(settings) == 1:
+        lines = [f"{'loss at ' + settings[0]:<16}" + "".join(f"{r['target'][:26]:>28}" for r in rows),
+                 f"{'not quantized':<16}" + "".join(f"{r['val_loss']:>18.4f}{'':>10}" for r in rows)]
+        for method in methods:
+            results = [r["quantized"][settings[0]][method] for r in rows]
+            cells = "".join(f"{x['val_loss']:>18.4f} ({x['added']:+.4f})"[:28].rjust(28) for x in results)
+            lines.append(f"{'' if method == 'rtn' else '+ '}{method:<14}".ljust(16) + cells)
+        return "\n".join(lines)
+    lines = []
+    for start in range(0, len(settings), 6):  # what fits beside each other
+        part = settings[start : start + 6]
+        head = f"{'loss added by W-A-KV bits':<44}{'exact':>8}" + "".join(f"{each:>10}" for each in part)
+        lines += [""] * (start > 0) + [head]
+        for r in rows:
+            for method in methods:
+                cells = "".join(f"{r['quantized'][each][method]['added']:>+10.4f}" for each in part)
+                lines.append(f"{r['target']:<34}{method:<10}{r['val_loss']:>8.4f}{cells}")
     return "\n".join(lines)
 
 
 def write(target: Target, args) -> str:
-    """Continue args.prompt; prints as it goes unless --json."""
+    """Continue args.prompt; prints as it goes unless --json. In bfloat16, if that is asked for, weights and all: reading
+    them is what takes the time."""
+    if args.dtype == "bfloat16":
+        target.model.bfloat16()
     prompt = target.encoding.encode_ordinary(args.prompt)
     if not prompt:
         raise ValueError("--prompt is empty")
-    drawn, shown = [], ""
+    drawn, shown, began = [], "", time.perf_counter()
     for token in generate(target.model, prompt, args.tokens, target.seq_len, args.temperature, args.top_k, args.seed):
         drawn.append(token)
         text = target.encoding.decode([*prompt, *drawn])
         if not args.json and not text.endswith("\ufffd"):  # half of a character: wait for the rest
             print(text[len(shown) :], end="", flush=True)
             shown = text
+    seconds = time.perf_counter() - began
     if not args.json:
-        print()
+        print(flush=True)
+        print(f"{len(drawn)} tokens at {len(drawn) / seconds:,.1f} tokens/s, peak memory "
+              f"{peak_memory_gib(args.device):.2f} GiB", file=sys.stderr)
     return target.encoding.decode([*prompt, *drawn])
+
+
+SWEEP = [f"{w}-16-16" for w in range(8, 2, -1)] + [f"16-{a}-16" for a in range(8, 3, -1)]  # the paper's Figure 4
 
 
 def build_parser() -> Parser:
@@ -543,8 +573,11 @@ def build_parser() -> Parser:
     add = p.add_argument_group("quantizing").add_argument
     add("--bits", metavar="W-A-KV,...", help="also the loss with these bits of weights, activations, and keys and "
         "values: each 2 to 8 or 16, as 4-4-4 or 16-16-16,4-8-16,4-8-8,4-4-16,4-4-4")
+    add("--sweep", action="store_true", help="for --bits: weights of 8 to 3 bits, then activations of 8 to 4, the rest "
+        "left alone (the paper's Figure 4; --plot draws it)")
     add("--methods", default="rtn,had", help=f"with --bits: some of {','.join(METHODS)} (default: rtn,had)")
     add("--calib", type=Path, metavar="FILE", help="with --bits: text to calibrate on (default: the training split)")
+    add("--int4", action="store_true", help="compute with the packed weights of a four-bit file (CUDA; not bit-equal)")
     add = p.add_argument_group("writing").add_argument
     add("--prompt", help="let the model continue this text instead of measuring it")
     add("--tokens", type=int, default=400, help="how many tokens to write (default: 400)")
@@ -560,7 +593,9 @@ def build_parser() -> Parser:
 
 def check_quantization(args, error):
     """Cut --bits and --methods at their commas. One that cannot be goes to error(message)."""
-    args.bits = args.bits.split(",") if args.bits else []
+    if args.sweep and args.bits:
+        error("--sweep chooses the bits itself: leave out --bits")
+    args.bits = args.bits.split(",") if args.bits else SWEEP * args.sweep
     args.methods = args.methods.split(",")
     try:
         for bits in args.bits:
@@ -585,7 +620,8 @@ def main(argv=None):
         if value is not None and not value >= low:
             parser.error(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
     check_quantization(args, parser.error)
-    autocast = precision(args.device, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    autocast = precision(args.device, args.dtype)
     try:
         plot = None
         if args.plot:
@@ -593,7 +629,7 @@ def main(argv=None):
         text = args.text.read_text(encoding="utf-8") if args.text else None
         rows, pictures = [], []
         for path in args.targets:
-            target = load_target(path, args.device)
+            target = load_target(path, args.device, args.int4)
             if args.prompt is not None:
                 with autocast:
                     rows.append(dict(target=target.name, text=write(target, args)))
@@ -605,7 +641,8 @@ def main(argv=None):
             print(describe(target, rows[-1]), end="\n\n", file=sys.stderr if args.json else sys.stdout, flush=True)
             if args.bits:
                 exact = rows[-1]["val_loss"]
-                rows[-1]["quantized"] = measure_quantized(target, dataset, batch_size, autocast, args, exact)
+                rows[-1]["quantized"] = measure_quantized(
+                    target, dataset, batch_size, autocast, exact, args.bits, args.methods, args.calib)
             if plot:
                 pictures.append(plot.Picture.of(target, rows[-1], dataset, autocast))
         if plot and pictures:

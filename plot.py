@@ -5,6 +5,7 @@
     layers.png           kurtosis of every state of the residual stream
     sinks.png            q.k logits on the first token and elsewhere, in the head that looks there most (Figure 6)
     learning_rates.png   kurtosis and loss against the learning rate, if the targets differ in it
+    bits.png             loss against the bits of weights and of activations, with --sweep (Figure 4)
 """
 
 import json
@@ -21,7 +22,7 @@ matplotlib.use("Agg")  # files, no window
 import matplotlib.pyplot as plt
 from matplotlib.colors import LogNorm
 
-from eval import SinkWatch, Target, attention_sinks, load_target, sites, strongest_sink
+from eval import SWEEP, SinkWatch, Target, attention_sinks, load_target, sites, strongest_sink
 
 # One colour, line and marker per configuration, the same in every figure; told apart in grey by line and marker.
 STYLES = {
@@ -200,6 +201,26 @@ def draw_learning_rates(points: dict[str, list[tuple[float, float, float]]], flo
     return figure
 
 
+def draw_bits(series: list[tuple[str, dict]]):
+    """`series`: (label, the "quantized" of eval.py --sweep), one a target. Thick lines are the first method."""
+    figure, axes = panels(2, 5.2, 3.6)
+    for axis, place, name in zip(axes, (0, 1), ("weights", "activations")):
+        for label, quantized in series:
+            color, line, marker = style(label)
+            settings = [each for each in quantized if each.split("-")[1 - place] == "16"]
+            for i, method in enumerate(quantized[settings[0]]):
+                points = [(int(each.split("-")[place]), quantized[each][method]["val_loss"]) for each in settings]
+                axis.plot(*zip(*points), color=color, linestyle=line, marker=marker, linewidth=2 - i, markersize=5,
+                          label=f"{label}, {method}", alpha=1 - 0.4 * min(i, 1))
+        axis.set_xlabel(f"bits of {name}, the rest at 16")
+        axis.invert_xaxis()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("validation loss (nats per token)")
+    axes[0].sharey(axes[1])
+    axes[1].legend(fontsize=8)
+    return figure
+
+
 def save(figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=75 if len(figure.axes) > 3 else 110)  # about as wide as a README, and under 200 kB
@@ -220,6 +241,9 @@ def draw_all(pictures: list[Picture], out: Path) -> list[Path]:
         points.setdefault(p.label, []).append((p.options["lr"], p.result["kurtosis"], p.result["val_loss"]))
     if any(len({rate for rate, _, _ in group}) > 1 for group in points.values()):
         figures["learning_rates"] = draw_learning_rates(points, floor)
+    sweeps = [(p.label, p.result["quantized"]) for p in pictures if set(SWEEP) <= set(p.result.get("quantized", ()))]
+    if sweeps:
+        figures["bits"] = draw_bits(sweeps)
     return [save(figure, out / f"{name}.png") for name, figure in figures.items()]
 
 

@@ -28,6 +28,7 @@ not undo that: it changes the model).
 Read it top to bottom: Hadamard matrices, rounding, points, rotations, GPTQ, SpinQuant, quantize(), files, command line.
 """
 
+import copy
 import functools
 import math
 import sys
@@ -41,7 +42,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from cli import Parser, pick_device
+from cli import Parser, peak_memory_gib, pick_device
 from data.tokens import Dataset, find_dataset, tokenizer
 from model import (
     Config,
@@ -156,11 +157,12 @@ def hadamard_transform(x):
 
 
 class Bits(NamedTuple):
-    """Bits of weights, activations, and keys and values."""
+    """Bits of weights, activations, and keys and values; and whether the grid of activations is symmetric about 0."""
 
     w: int
     a: int
     kv: int
+    symmetric: bool = False
 
 
 def parse_bits(text: str) -> Bits:
@@ -208,19 +210,30 @@ def _round_between(x, low, high, bits: int):
     return scale * (((x / scale).round() + zero).clamp(0, n) - zero)
 
 
-def round_tokens(x, bits: int):
+def _round_symmetric(x, bits: int):
+    """x rounded to 2^b - 1 values spaced evenly from -max|x| to max|x|: a grid without a zero to store."""
+    m = 2 ** (bits - 1) - 1
+    scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / m
+    return scale * (x / scale).round()
+
+
+def round_tokens(x, bits: int, symmetric: bool = False):
     """Round x [..., C] with a range of its own for every vector; the range always contains 0, which stays exact."""
     y = x.to(torch.promote_types(x.dtype, torch.float32))
+    if symmetric:
+        return _round_symmetric(y, bits).to(x.dtype)
     low, high = y.amin(dim=-1, keepdim=True).clamp(max=0), y.amax(dim=-1, keepdim=True).clamp(min=0)
     return _round_between(y, low, high, bits).to(x.dtype)
 
 
-def round_heads(x, bits: int, head_dim: int):
+def round_heads(x, bits: int, head_dim: int, symmetric: bool = False):
     """Round x [..., heads * head_dim] with a range of its own for every head. Here the range is just min to max: one
     that lies off 0 does not waste codes on reaching it."""
     if x.shape[-1] % head_dim:
         raise ValueError(f"{x.shape[-1]} channels are not a multiple of head_dim {head_dim}")
     y = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, head_dim))
+    if symmetric:
+        return _round_symmetric(y, bits).flatten(-2).to(x.dtype)
     low, high = y.amin(dim=-1, keepdim=True), y.amax(dim=-1, keepdim=True)
     return _round_between(y, low, high, bits).flatten(-2).to(x.dtype)
 
@@ -257,8 +270,8 @@ def attach_rounding(model, bits: Bits, straight_through: bool = False) -> list:
         attn, ffn = block.attn, block.ffn
         if bits.a < 16:
             for point in (attn.at_input, ffn.at_input, ffn.at_hidden):  # at_hidden: after R4, attached before
-                rounding(point, round_tokens, bits.a)
-            rounding(attn.at_output, round_heads, bits.a, d)
+                rounding(point, round_tokens, bits.a, bits.symmetric)
+            rounding(attn.at_output, round_heads, bits.a, d, bits.symmetric)
         if bits.kv < 16:
             handles += [point.register_forward_hook(_rotate) for point in (attn.at_q, attn.at_k)]  # R3: q.k stays
             rounding(attn.at_k, round_tokens, bits.kv)
@@ -404,9 +417,10 @@ def learn_rotations(model, weights: dict, R1, R2, bits: Bits, windows, steps=SPI
 
 GPTQ_SAMPLES = 128  # sequences of calibration
 
-# The input that several linears share, and those linears. Each group is calibrated with the groups before it rounded.
-GPTQ_GROUPS = [("attn.at_input", ["attn.k_proj", "attn.v_proj", "attn.q_proj"]), ("attn.at_output", ["attn.o_proj"]),
-               ("ffn.at_input", ["ffn.up_proj", "ffn.gate_proj"]), ("ffn.at_hidden", ["ffn.down_proj"])]
+# In either half of a block, the input that several linears share, and those linears. Each group is calibrated with the
+# groups before it rounded.
+GPTQ_GROUPS = {"attn": [("at_input", ["k_proj", "v_proj", "q_proj"]), ("at_output", ["o_proj"])],
+               "ffn": [("at_input", ["up_proj", "gate_proj"]), ("at_hidden", ["down_proj"])]}
 
 
 def inverse_factor(H):
@@ -447,19 +461,19 @@ def gptq(W, H, scale, bits: int, block: int = 128):
     return codes
 
 
-def inputs_hessian(block, point, x, cos, sin, rows: int):
-    """H = X^T X in fp32 of what passes `point` of the block for its inputs x [N, T, D], `rows` of them at a time.
+def inputs_hessian(point, forward, parts):
+    """H = X^T X in fp32 of what passes `point` when forward(part) is run for each of `parts`, [n, T, D] each.
     (GPTQ's factor 2/N is left out: it cancels.)"""
-    H = torch.zeros((), device=x.device)
+    H = torch.zeros((), device=parts[0].device)
 
     def add(module, inputs, X):
         nonlocal H
         X = X.flatten(0, -2).float()  # [tokens, in]
         H = H + X.mT @ X
 
-    handle = block.get_submodule(point).register_forward_hook(add)  # after the online Hadamard's hook, so it sees R4
-    for part in x.split(rows):
-        block(part, cos, sin)
+    handle = point.register_forward_hook(add)  # after the online Hadamard's hook, so it sees R4
+    for part in parts:
+        forward(part)
     handle.remove()
     return H
 
@@ -468,25 +482,29 @@ def inputs_hessian(block, point, x, cos, sin, rows: int):
 def gptq_weights(model, tokens, bits: int, clip: bool, group: int) -> dict:
     """GPTQ for all linears, layer by layer, on `tokens` [N, T]. Changes `model`; returns the scales by name.
 
-    Only the inputs of one layer are kept. Activations, keys and values are not rounded: attach_rounding comes later.
-    Raises ArithmeticError, with the linear's name, where H cannot be inverted.
+    Only the residual stream at one place is kept. Activations, keys and values are not rounded: attach_rounding comes
+    later. Raises ArithmeticError, with the linear's name, where H cannot be inverted.
     """
-    config, scales, rows = model.config, {}, max(1, 4096 // tokens.shape[1])
+    config, scales = model.config, {}
     cos, sin = rope_tables(tokens.shape[1], config.head_dim, config.rope_theta, tokens.device)
-    x = model.embed(tokens)  # [N, T, D]
+    parts = model.embed(tokens).split(max(1, 4096 // tokens.shape[1]))  # of [N, T, D]
     for i, block in enumerate(tqdm(model.blocks, "GPTQ", leave=False, disable=None)):
-        for point, names in GPTQ_GROUPS:
-            H = inputs_hessian(block, point, x, cos, sin, rows)
-            for name in names:
-                W, full_name = block.get_submodule(name).weight, f"blocks.{i}.{name}"
-                scale = scales[full_name] = weight_scale(W, bits, clip, group)
-                try:
-                    codes = gptq(W, H, scale, bits)
-                except ArithmeticError as error:
-                    raise ArithmeticError(f"GPTQ of {full_name}: {error}") from error
-                W.copy_(per_column(scale, W.shape[1]) * codes)
-        for part in x.split(rows):
-            part.copy_(block(part, cos, sin))  # what the next layer reads takes the place of what this one read
+        for name, half, forward in (
+            ("attn", block.attn, lambda x, b=block: b.attn(b.attn_norm(x), cos, sin)),
+            ("ffn", block.ffn, lambda x, b=block: b.ffn(b.ffn_norm(x))),
+        ):
+            for point, shared_by in GPTQ_GROUPS[name]:
+                H = inputs_hessian(getattr(half, point), forward, parts)
+                for linear in shared_by:
+                    W, full_name = getattr(half, linear).weight, f"blocks.{i}.{name}.{linear}"
+                    scale = scales[full_name] = weight_scale(W, bits, clip, group)
+                    try:
+                        codes = gptq(W, H, scale, bits)
+                    except ArithmeticError as error:
+                        raise ArithmeticError(f"GPTQ of {full_name}: {error}") from error
+                    W.copy_(per_column(scale, W.shape[1]) * codes)
+            for part in parts:
+                part += forward(part)  # the residual stream that the next half reads
     return scales
 
 
@@ -531,8 +549,8 @@ def bake_rotations(model, bits: Bits, method: str, calibration, center_embed: bo
         model.load_state_dict(rotated_weights(weights, R1, R2), assign=True)
 
 
-def quantize(model, bits="4-4-4", method="rtn", calibration=None, clip=True, w_group=0, center_embed=False, seed=0,
-             steps=SPIN_STEPS, lr=SPIN_LR) -> Transformer:
+def quantize(model, bits="4-4-4", method="rtn", calibration=None, clip=True, w_group=0, symmetric=False,
+             center_embed=False, seed=0, steps=SPIN_STEPS, lr=SPIN_LR) -> Transformer:
     """A quantized copy of `model`: a plain LLaMA (folded) with rounded weights, and hooks that round what passes.
 
     Args:
@@ -541,12 +559,13 @@ def quantize(model, bits="4-4-4", method="rtn", calibration=None, clip=True, w_g
         calibration: tokens int64 [N, T + 1] for GPTQ and SpinQuant; never those the result is judged by.
         clip: search for the scale of weights; without, their largest value decides.
         w_group: weights that share a scale (0: a whole row).
+        symmetric: round activations on a grid from -max to max, not from min to max; keys and values are not touched.
         center_embed: quarot and spinquant: subtract each embedding's mean over channels, as the official code does.
         seed: of the random rotations.
         steps, lr: of SpinQuant.
     Raises ValueError for impossible options, ArithmeticError where GPTQ fails.
     """
-    b = parse_bits(bits)
+    b = parse_bits(bits)._replace(symmetric=symmetric)
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
     if hasattr(model, "quantization"):
@@ -556,6 +575,8 @@ def quantize(model, bits="4-4-4", method="rtn", calibration=None, clip=True, w_g
     learns = method == "spinquant" and min(b.a, b.kv) < 16
     if calibration is None and (learns or method in ("gptq", "quarot", "spinquant") and b.w < 16):
         raise ValueError(f"{method} needs calibration tokens")
+    if model.embed.weight.device.type == "mps":
+        model = copy.deepcopy(model).cpu()  # Apple's GPUs have no fp64, in which rotations are multiplied
     model = model.fold().requires_grad_(False)
     device, scales = model.embed.weight.device, {}
     calibration = None if calibration is None else calibration.to(device)
@@ -567,14 +588,15 @@ def quantize(model, bits="4-4-4", method="rtn", calibration=None, clip=True, w_g
         elif b.w < 16:
             scales = gptq_weights(model, calibration[:GPTQ_SAMPLES, :-1], b.w, clip, w_group)
     attach_rounding(model, b)
-    model.quantization = dict(bits=bits, method=method, ffn_hadamard=method != "rtn", scales=scales)
+    had = method != "rtn"
+    model.quantization = dict(bits=bits, method=method, symmetric=symmetric, ffn_hadamard=had, scales=scales)
     return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A file of four bits: two codes a byte, one fp32 scale a row. Dequantized it is, bit for bit, the simulated model.
 
-VERSION, PACKING = 1, "code + 8 as a nibble; the low nibble of a byte is the even column"
+VERSION, PACKING = 2, "code + 8 as a nibble; the low nibble of a byte is the even column"
 
 
 def pack(codes):
@@ -605,8 +627,47 @@ def save_quantized(model, path: Path, options: dict, data: dict):
                          quantization=dict(made, scales=scales), options=options, data=data), path)
 
 
-def quantized_model(state: dict, path, device="cpu") -> Transformer:
-    """The model in the contents of such a file. Raises ValueError, naming `path`, if they are not what we write."""
+class Int4Linear(nn.Module):
+    """x @ W^T on CUDA by torch's own int4 kernel: the weights stay packed, x and the result are bfloat16.
+
+    Writing token by token, a model spends its time reading weights, and these are a quarter as long. Scales are rounded
+    to bfloat16: close to the simulated model, not equal. Raises ValueError for shapes the kernel does not take.
+    """
+
+    def __init__(self, codes, scale):  # [out, in], [out, groups]
+        super().__init__()
+        n_out, n_in = codes.shape
+        self.group = next((g for g in (256, 128, 64, 32) if n_in // scale.shape[1] % g == 0), 0)
+        if not self.group or n_out % 8 or n_in % 128:
+            raise ValueError(f"torch's int4 kernel takes no {n_out} x {n_in} weight with {scale.shape[1]} scales a row")
+        unsigned = (codes + 8).to(torch.uint8)
+        packed = unsigned[:, 0::2] << 4 | unsigned[:, 1::2]  # this kernel wants the even column in the high nibble
+        scales = per_column(scale, n_in // self.group).mT  # [in / group, out]
+        self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack(packed, 8))
+        self.register_buffer("scales", torch.stack([scales, torch.zeros_like(scales)], dim=-1).bfloat16().contiguous())
+
+    def forward(self, x):
+        rows = x.bfloat16().flatten(0, -2)
+        y = torch.ops.aten._weight_int4pack_mm(rows, self.packed, self.group, self.scales)
+        return y.view(*x.shape[:-1], -1)
+
+
+def use_int4_kernel(model, codes: dict, scales: dict):
+    """Put an Int4Linear in the place of every linear of `model`, and make the rest bfloat16."""
+    if model.embed.weight.device.type != "cuda":
+        raise ValueError("the int4 kernel needs a CUDA device; leave out --int4")
+    model.bfloat16()
+    for name, packed in codes.items():
+        parent, _, last = name.rpartition(".")
+        device = model.embed.weight.device
+        setattr(model.get_submodule(parent), last, Int4Linear(unpack(packed.to(device)), scales[name].to(device)))
+
+
+def quantized_model(state: dict, path, device="cpu", int4: bool = False) -> Transformer:
+    """The model in the contents of such a file, simulated or, if `int4`, with weights that stay packed.
+
+    Raises ValueError, naming `path`, if they are not what we write.
+    """
     kinds = {"packing": str, "config": dict, "weights": dict, "codes": dict, "quantization": dict, "options": dict,
              "data": dict}
     if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
@@ -616,7 +677,8 @@ def quantized_model(state: dict, path, device="cpu") -> Transformer:
     made = state["quantization"]
     try:
         bits, scales, weights = parse_bits(made["bits"]), made["scales"], dict(state["weights"])
-        if made["method"] not in METHODS or made["ffn_hadamard"] not in (True, False):
+        bits = bits._replace(symmetric=made["symmetric"])
+        if made["method"] not in METHODS or not {made["ffn_hadamard"], bits.symmetric} <= {True, False}:
             raise ValueError("unknown method")
         with torch.device("meta"):
             model = Transformer(Config(**state["config"]))
@@ -632,7 +694,10 @@ def quantized_model(state: dict, path, device="cpu") -> Transformer:
         attach_ffn_hadamard(model)
     attach_rounding(model, bits)
     model.quantization = made
-    return model.requires_grad_(False).to(device).eval()
+    model = model.requires_grad_(False).to(device).eval()
+    if int4:
+        use_int4_kernel(model, state["codes"], scales)
+    return model
 
 
 def load_quantized(path, device="cpu") -> Transformer:
@@ -673,6 +738,7 @@ def build_parser() -> Parser:
     add("--calib", type=Path, metavar="FILE", help="text to calibrate on (default: the run's own training split)")
     add("--no-clip", action="store_true", help="scale weights by their largest value, without search: the plain RTN")
     add("--w-group", type=int, default=0, help="weights of a row that share a scale (default: all)")
+    add("--symmetric", action="store_true", help="round activations on a grid symmetric about 0, not on min to max")
     add("--center-embed", action="store_true", help="quarot, spinquant: subtract embedding means, as the official code")
     add("--steps", type=int, default=SPIN_STEPS, help=f"of SpinQuant (default: {SPIN_STEPS})")
     add("--lr", type=float, default=SPIN_LR, help=f"of SpinQuant; if its loss jumps, lower it (default: {SPIN_LR})")
@@ -710,14 +776,15 @@ def main(argv=None):
         windows = calibration_windows(options, data["tokenizer"], args.method, args.steps, args.calib)
         began = time.perf_counter()
         model = quantize(model, args.bits, args.method, windows, clip=not args.no_clip, w_group=args.w_group,
-                         center_embed=args.center_embed, seed=args.seed, steps=args.steps, lr=args.lr)
+                         symmetric=args.symmetric, center_embed=args.center_embed, seed=args.seed, steps=args.steps,
+                         lr=args.lr)
         wall = time.perf_counter() - began
         save_quantized(model, args.out, options, data)
     except (ValueError, OSError, ArithmeticError, KeyError) as error:
         sys.exit(f"error: {error}")
     size, n = args.out.stat().st_size, sum(p.numel() for p in model.parameters())
-    print(f"{args.method} {args.bits} in {wall:.1f} s: {args.out}, {size / 2**20:.2f} MiB for {n:,} weights, "
-          f"{size / 2 / n:.2f} of bf16 (embedding and head are not rounded)")
+    print(f"{args.method} {args.bits} in {wall:.1f} s, peak memory {peak_memory_gib(device):.2f} GiB: {args.out}, "
+          f"{size / 2**20:.2f} MiB for {n:,} weights, {size / 2 / n:.3f} of bf16 (embedding and head are not rounded)")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import eval as evaluation
 import quantize as Q
 import train
 from data.tokens import Dataset
-from model import Config, Transformer, load_checkpoint
+from model import Config, Transformer, load_checkpoint, model_from_checkpoint
 from quantize import (
     Bits,
     attach_ffn_hadamard,
@@ -638,7 +638,7 @@ def test_bad_files_are_exit_code_1(fails, four_bit_file, tmp_path):
 def test_a_quantized_file_from_elsewhere_is_refused(four_bit_file, run_dir, tmp_path):
     state, bad = torch.load(four_bit_file, weights_only=True), tmp_path / "bad.pt"
     wider = dict(state["config"], n_embd=64)
-    wrong = [(dict(version=2), "version 2.*version 1"), (dict(config=wider), "does not fit"), (dict(weights={}), "fit"),
+    wrong = [(dict(version=3), "version 3.*version 2"), (dict(config=wider), "does not fit"), (dict(weights={}), "fit"),
              (dict(config=dict(n_moons=3)), "n_moons"), (dict(codes=[]), "not a quantized"),
              (dict(quantization=dict(state["quantization"], ffn_hadamard=None)), "unknown method"),
              (dict(quantization={}), "does not fit"), (dict(codes={}), "does not fit")]
@@ -646,6 +646,9 @@ def test_a_quantized_file_from_elsewhere_is_refused(four_bit_file, run_dir, tmp_
         torch.save(state | change, bad)
         with pytest.raises(ValueError, match=f"bad.pt.*{words}"):
             Q.load_quantized(bad)
+    torch.save(state | dict(options={}), bad)
+    with pytest.raises(ValueError, match="bad.pt does not say data, embproj"):
+        evaluation.load_target(bad, "cpu")
     bad.write_bytes(four_bit_file.read_bytes()[:-500])
     with pytest.raises(ValueError, match="usable"):
         Q.load_quantized(bad)
@@ -654,6 +657,34 @@ def test_a_quantized_file_from_elsewhere_is_refused(four_bit_file, run_dir, tmp_
     with pytest.raises(ValueError, match="4 bits, not 8"):
         Q.save_quantized(quantize(randomized(), "8-8-8"), tmp_path / "eight.pt", {}, {})
     assert not (tmp_path / "eight.pt").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's int4 kernel is for CUDA")
+def test_the_int4_kernel_gives_what_the_dequantized_product_gives():
+    codes, scale = torch.randint(-8, 8, (256, 5504), device="cuda").float(), torch.rand(256, 1, device="cuda") + 0.5
+    x = torch.randn(3, 5, 5504, device="cuda")
+    for scales in (scale, scale.expand(-1, 43) * torch.rand(43, device="cuda")):  # a scale a row, a scale a group of 128
+        expected = x @ (Q.per_column(scales, 5504) * codes).mT
+        assert (Q.Int4Linear(codes, scales)(x) - expected).norm() < 2e-2 * expected.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's int4 kernel is for CUDA")
+def test_packed_weights_write_what_the_simulated_model_writes(tmp_path):
+    model = randomized(Config(n_layer=2, n_head=2, n_embd=128, vocab_size=96)).cuda()
+    Q.save_quantized(quantize(model, "4-4-4", "had"), tmp_path / "q.pt", {}, {})
+    simulated, packed = (Q.quantized_model(torch.load(tmp_path / "q.pt"), "", "cuda", int4) for int4 in (False, True))
+    tokens = torch.randint(96, (2, 32), device="cuda")
+    assert (packed(tokens) - simulated(tokens)).norm() < 0.1 * simulated(tokens).norm()
+    assert sum(isinstance(m, Q.Int4Linear) for m in packed.modules()) == 14
+
+
+def test_the_int4_kernel_is_refused_where_it_cannot_run(four_bit_file, run_dir, capsys):
+    with pytest.raises(SystemExit, match="needs a CUDA device"):
+        evaluated(capsys, four_bit_file, "--prompt", "a", "--int4")
+    with pytest.raises(SystemExit, match="not quantized"):
+        evaluated(capsys, run_dir, "--prompt", "a", "--int4")
+    with pytest.raises(ValueError, match="no 8 x 48"):
+        Q.Int4Linear(torch.zeros(8, 48), torch.ones(8, 1))
 
 
 # eval.py
@@ -680,6 +711,28 @@ def test_eval_measures_bits_by_method_and_a_file_has_the_loss_of_its_simulation(
     assert "quantized" not in file and evaluated(capsys, tmp_path / "four.pt", "--prompt", "a", "--tokens", 5)
     with pytest.raises(SystemExit, match="already"):
         evaluated(capsys, tmp_path / "four.pt", "--bits", "4-4-4")
+
+
+def test_one_setting_is_a_table_of_methods_by_targets_and_a_sweep_is_drawn(run_dir, tmp_path, capsys):
+    lines = evaluated(capsys, run_dir, run_dir, "--bits", "4-4-4", "--methods", "rtn,had").splitlines()[-4:]
+    assert lines[0].split() == ["loss", "at", "4-4-4", run_dir.name, run_dir.name]
+    assert lines[1].startswith("not quantized") and lines[3].startswith("+ had") and len(lines[3].split()) == 6
+    out = evaluated(capsys, run_dir, "--sweep", "--methods", "rtn", "--plot", tmp_path)
+    assert "3-16-16" in out and "16-4-16" in out and (tmp_path / "bits.png").stat().st_size > 1000
+    with pytest.raises(SystemExit):
+        evaluated(capsys, run_dir, "--sweep", "--bits", "4-4-4")
+
+
+def test_a_symmetric_grid_has_as_many_values_below_zero_as_above(run_dir):
+    x = torch.linspace(-1, 3, 1000)[None]
+    for rounded in (round_tokens(x, 3, True), Q.round_heads(x, 3, 1000, True)):
+        assert rounded.unique().tolist() == pytest.approx([-1, 0, 1, 2, 3])  # steps of max / 3, 0 among them
+        assert (rounded - x).abs().max() <= 0.5 + 1e-6
+    assert torch.equal(round_tokens(-x, 3, True), -round_tokens(x, 3, True))
+    model = model_from_checkpoint(load_checkpoint(run_dir))
+    tokens = torch.arange(16)[None]
+    symmetric, fitted = (quantize(model, "16-4-4", symmetric=s)(tokens) for s in (True, False))
+    assert not torch.equal(symmetric, fitted) and (symmetric - fitted).norm() < fitted.norm()
 
 
 def test_eval_refuses_impossible_bits_and_methods(run_dir, capsys):
