@@ -12,7 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from cli import first, pick_device, precision
-from eval import load_target, measure_target, strongest_state
+from eval import load_target, measure_quantized, measure_target, strongest_state
 from train import ROOT, Ranks, complete, default_preset, parts_name, train, write_whole
 
 TABLE_2 = [("adam", "rms", False), ("muon-only", "rms", False), ("muon", "rms", False), ("muon", "ss", False),
@@ -65,8 +65,9 @@ def measured(directory: Path, opt) -> dict:
     if kept.exists() and kept.stat().st_mtime > (directory / "ckpt.pt").stat().st_mtime:
         return json.loads(kept.read_text())
     target = load_target(directory, opt.device)
-    rows = max(1, 4096 // opt.seq_len)
-    result = measure_target(target, target.dataset(), rows, precision(opt.device, opt.dtype), as_published=True)
+    how = target, target.dataset(), max(1, 4096 // opt.seq_len), precision(opt.device, opt.dtype)
+    result = measure_target(*how, as_published=True)
+    result["quantized"] = measure_quantized(*how, result["val_loss"], ["4-4-4"], ["rtn", "had"])
     write_whole(kept, json.dumps(dict(result, path=str(directory))) + "\n")
     return json.loads(kept.read_text())
 
@@ -86,13 +87,16 @@ def ablation_table(rows: list[dict]) -> str:
     floors = rows[0]["kurtosis_floor"], rows[0]["kurtosis_as_published_floor"]
     lines = [
         f"| model, {len(next(iter(grouped.values())))} seed(s) | validation loss | bits per byte | excess kurtosis "
-        f"(Gaussian {floors[0]:.3f}) | as published (Gaussian {floors[1]:.3f}) | largest activation / median |",
-        "|---|---|---|---|---|---|",
+        f"(Gaussian {floors[0]:.3f}) | as published (Gaussian {floors[1]:.3f}) | largest activation / median | "
+        "loss at 4-4-4 | the same with an FFN Hadamard |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for label, group in grouped.items():
         largest = [r["largest"][strongest_state(r["largest"])]["ratio"] for r in group]
         bits = mean_and_spread([r["bits_per_byte"] for r in group], 4) if group[0]["bits_per_byte"] else "-"
         kurtosis, published = (mean_and_spread([r[k] for r in group], 3) for k in ("kurtosis", "kurtosis_as_published"))
         loss = mean_and_spread([r["val_loss"] for r in group], 4)
-        lines.append(f"| {label} | {loss} | {bits} | {kurtosis} | {published} | {mean_and_spread(largest, 0)} |")
+        four = (mean_and_spread([r["quantized"]["4-4-4"][m]["val_loss"] for r in group], 4) for m in ("rtn", "had"))
+        cells = [label, loss, bits, kurtosis, published, mean_and_spread(largest, 0), *four]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -34,6 +34,7 @@ from data.tokens import Dataset, find_dataset, read_meta
 from eval import evaluate
 from model import PRESETS, Config, Transformer, load_checkpoint, save_checkpoint
 from muon import make_optimizers, optimizer_table
+from quantize import quantize
 
 try:
     import fcntl  # not on Windows
@@ -444,9 +445,12 @@ def train(opt, state, ranks, say) -> dict:
     forward = DistributedDataParallel(model) if ranks.world > 1 else model  # `model` itself is evaluated and saved
     autocast = precision(opt.device, opt.dtype)
 
-    def evaluate_and_log(step):
+    def evaluated(model):
         windows, rows = TRAINING[opt.preset]["eval_windows"], micro_batch(opt, ranks.world)
-        result = evaluate(model, val, windows, rows, autocast, ranks.rank, ranks.world)
+        return evaluate(model, val, windows, rows, autocast, ranks.rank, ranks.world)
+
+    def evaluate_and_log(step):
+        result = evaluated(model)
         if not math.isfinite(result["val_loss"]):
             raise ArithmeticError(f"validation loss {result['val_loss']} after step {step}; {LAST_GOOD}")
         run.log(step=step, tokens=step * tokens_per_step, **result)
@@ -480,6 +484,7 @@ def train(opt, state, ranks, say) -> dict:
             sys.exit(128 + (stop.received or signal.SIGTERM))
     stop.no_longer()
     timed = times[1:] or times  # the first step compiles
+    result["quantized"] = {"4-4-4": {method: evaluated(quantize(model, "4-4-4", method)) for method in ("rtn", "had")}}
     return dict(result, step=opt.steps, tokens=opt.steps * tokens_per_step, loss=loss, run=str(run.path),
                 tokens_per_s=tokens_per_step * len(timed) / sum(timed),
                 peak_memory_gib=peak_memory_gib(ranks.device))
@@ -518,9 +523,11 @@ tokens      {tokens:,} a step, {tokens * opt.steps:,} in {opt.steps:,} steps""")
 def summarize(opt, s: dict) -> str:
     bits = f" = {s['bits_per_byte']:.4f} bits per byte" if s["bits_per_byte"] else ""
     other = ", without --osp: plain Adam" if is_osp(opt) else ", with --osp"
+    plain, rotated = (s["quantized"]["4-4-4"][method]["val_loss"] for method in ("rtn", "had"))
     return f"""
 validation loss    {s['val_loss']:.4f} nats per token{bits}
 excess kurtosis    {s['kurtosis']:.3f} (perfectly Gaussian activations: {s['kurtosis_floor']:.3f})
+loss at 4-4-4 bits {plain:.4f} rounded to nearest, {rotated:.4f} with a Hadamard in the FFN (quantize.py)
 speed              {s['tokens_per_s']:,.0f} tokens/s in training, {s['wall_s']:.0f} s in all
 peak memory        {s['peak_memory_gib']:.2f} GiB
 run directory      {os.path.relpath(s['run'])}

@@ -2,6 +2,7 @@
 
     first_minute/*.txt            what the first commands printed
     learning_rates/*.jsonl        one line a run of the sweeps: its command, hardware and final measurement
+    pair_toy/                     eval.py's output and the logs of the pair at its best rates
     four_bits/*.txt               the loss that quantization adds, as eval.py --bits printed it
     ablation_*/                   eval.json and (every tenth step of) log.jsonl of `python train.py --ablation`
 
@@ -64,6 +65,16 @@ def four_bits(name: str) -> str:
     return markdown(["", "method", "exact loss", "added at 4-4-4", "together"], rows)
 
 
+def pair_toy() -> str:
+    rows = []
+    for line in (HERE / "pair_toy/eval.txt").read_text().splitlines()[-2:]:
+        target, loss, _, bits, kurtosis, floor, published, published_floor, *_ = line.split()
+        label = {"adam1200": "Adam", "osp1200": "OSP"}[target]
+        rows.append([label, loss, bits, kurtosis, floor, published, published_floor])
+    head = ["", "validation loss", "bits per byte", "excess kurtosis", "Gaussian", "as published", "Gaussian"]
+    return markdown(head, rows)
+
+
 ROWS = ("adam", "muon-only", "muon", "muon-ss", "muon-embproj", "muon-ss-embproj")  # the paper's order
 
 
@@ -74,6 +85,7 @@ def ablation(preset: str) -> str:
 
 TABLES = {
     "first_minute": first_minute,
+    "pair_toy": pair_toy,
     "ablation_toy": lambda: ablation("toy"),
     "ablation_tiny": lambda: ablation("tiny"),
     "four_bits_tiny": lambda: four_bits("tiny"),

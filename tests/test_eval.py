@@ -365,4 +365,4 @@ def test_the_full_ablation_has_all_combinations_and_seeds_give_a_spread(small_ru
     ]
     train.main(options)
     table = (tmp_path / "a/table.md").read_text()
-    assert len(table.splitlines()) == 2 + 12 and table.count("±") == 12 * 5 and "2 seed(s)" in table
+    assert len(table.splitlines()) == 2 + 12 and table.count("±") == 12 * 7 and "2 seed(s)" in table

@@ -19,7 +19,7 @@ def test_a_changed_digit_would_be_noticed():
 
 
 def test_every_option_and_file_the_readme_names_exists():
-    options = set(train.build_parser()._option_string_actions) | {"--text", "--as-published", "--prompt", "--bits", "--methods", "--method", "--nproc-per-node"}
+    options = set(train.build_parser()._option_string_actions) | {"--text", "--as-published", "--prompt", "--bits", "--methods", "--method", "--nproc-per-node", "--sweep", "--plot", "--int4"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", re.sub(r"<!--.*?-->", "", README))) <= options
     for name in re.findall(r"\]\(([^)#:]+)\)|`(results/[^`]+?)`", README):
         assert (ROOT / (name[0] or name[1])).exists(), name
