@@ -330,8 +330,9 @@ def attention_sinks(model, dataset, autocast, n_windows: int = 32, histogram=Non
 
 
 @torch.no_grad()
-def generate(model, tokens, n: int, window: int, temperature=1.0, top_k=None, seed=0, use_cache=True):
-    """Yield n tokens that continue `tokens` (a list of ids, not empty).
+def generate(model, tokens, n: int, window: int, temperature=1.0, top_k=None, seed=0, use_cache=True, n_vocab=None):
+    """Yield n tokens that continue `tokens` (a list of ids, not empty), all smaller than n_vocab: a model may have more
+    rows than its tokenizer has ids.
 
     temperature 0 takes the likeliest token (greedy). top_k draws from the k likeliest only. When `window` tokens are
     full, the older half is forgotten, since the model has never seen longer sequences. The cache changes no result.
@@ -343,7 +344,7 @@ def generate(model, tokens, n: int, window: int, temperature=1.0, top_k=None, se
         if len(context) >= window:
             context, cache, unread = context[-(window // 2) :], model.new_cache(), None
         fresh = context if unread is None or not use_cache else unread
-        logits = model(torch.tensor([fresh], device=device), cache=cache if use_cache else None)[0, -1]  # [V]
+        logits = model(torch.tensor([fresh], device=device), cache=cache if use_cache else None)[0, -1, :n_vocab]
         if temperature == 0:
             token = int(logits.argmax())
         else:
@@ -536,7 +537,7 @@ def quantized_table(rows: list[dict]) -> str:
 
 
 def write(target: Target, args) -> str:
-    """Continue args.prompt; prints as it goes unless --json. In bfloat16, if that is asked for, weights and all: reading
+    """Continue args.prompt; prints as it goes unless --json. With --dtype bfloat16, weights are bfloat16 too: reading
     them is what takes the time."""
     if args.dtype == "bfloat16":
         target.model.bfloat16()
@@ -544,7 +545,8 @@ def write(target: Target, args) -> str:
     if not prompt:
         raise ValueError("--prompt is empty")
     drawn, shown, began = [], "", time.perf_counter()
-    for token in generate(target.model, prompt, args.tokens, target.seq_len, args.temperature, args.top_k, args.seed):
+    how = args.tokens, target.seq_len, args.temperature, args.top_k, args.seed
+    for token in generate(target.model, prompt, *how, n_vocab=target.encoding.n_vocab):
         drawn.append(token)
         text = target.encoding.decode([*prompt, *drawn])
         if not args.json and not text.endswith("\ufffd"):  # half of a character: wait for the rest

@@ -261,7 +261,7 @@ def attach_rounding(model, bits: Bits, straight_through: bool = False) -> list:
 
     def rounding(point, function, *args):
         def hook(module, inputs, x):
-            rounded = function(x, *args)
+            rounded = function(x.detach(), *args)
             return x + (rounded - x).detach() if straight_through else rounded
 
         handles.append(point.register_forward_hook(hook))
@@ -288,7 +288,7 @@ def linears(model) -> dict[str, nn.Linear]:
 # Rotations
 
 
-def rotated_weights(weights: dict, R1=None, R2=None, ffn_hadamard: bool = True, dtype=torch.float64) -> dict:
+def rotated_weights(weights: dict, R1=None, R2=None, ffn_hadamard=True, dtype=torch.float64, names=None) -> dict:
     """The weights of a plain LLaMA in rotated coordinates. The network computes the same, if R4 is attached.
 
     Why that works: RMSNorm without gains commutes with a rotation R1 [D, D] of its input, so what writes to the
@@ -296,7 +296,7 @@ def rotated_weights(weights: dict, R1=None, R2=None, ffn_hadamard: bool = True, 
     the weights that read them. R2 [L, d, d] does the same between v_proj and o_proj, since attention only averages
     values over tokens; R4 between the FFN's hidden state and down_proj.
 
-    Pure and differentiable. Computed in `dtype` and rounded once to the dtype each weight has.
+    Pure and differentiable. Computed in `dtype` and rounded once to the dtype each weight has. `names`: only these.
     """
     R1, R2 = (None if R is None else R.to(dtype) for R in (R1, R2))
     norm_of = {"q_proj": "attn_norm", "k_proj": "attn_norm", "v_proj": "attn_norm", "gate_proj": "ffn_norm",
@@ -322,7 +322,7 @@ def rotated_weights(weights: dict, R1=None, R2=None, ffn_hadamard: bool = True, 
             new = hadamard_transform(new)
         return new.to(W.dtype)
 
-    return {name: rotated(name, W) for name, W in weights.items()}
+    return {name: rotated(name, weights[name]) for name in names or weights}
 
 
 def random_rotations(config, seed: int = 0):
@@ -360,20 +360,22 @@ def cayley_step(R, G, lr: float):
 def rotation_gradients(model, weights: dict, R1, R2, windows):
     """(loss, gradient of R1, gradient of R2) of `model` with rotated weights on windows [n, T + 1].
 
-    The weights are rotated once; the windows then pass in parts, whose gradients add up at the rotated weights.
+    The windows pass in parts, whose gradients add up at the rotated weights. From there they go on to R1 and R2 one
+    weight after the other: what all rotations compute on their way would not fit into memory at once.
     """
     R1, R2 = R1.detach().requires_grad_(), R2.detach().requires_grad_()
-    rotated = rotated_weights(weights, R1, R2, dtype=torch.float32)
-    turning = {name: W for name, W in rotated.items() if W.requires_grad}  # not the norms
-    leaves = {name: W.detach().requires_grad_() for name, W in turning.items()}
+    with torch.no_grad():
+        rotated = rotated_weights(weights, R1, R2, dtype=torch.float32)
+    leaves = {name: W.requires_grad_() for name, W in rotated.items() if not name.endswith("gain")}
     total = 0.0
     for part in windows.split(max(1, 2048 // windows.shape[1])):
         with torch.autocast(part.device.type, torch.bfloat16, enabled=part.device.type == "cuda"):
             inputs = part[:, :-1], part[:, 1:]
-            loss = torch.func.functional_call(model, rotated | leaves, inputs) * len(part) / len(windows)
+            loss = torch.func.functional_call(model, rotated, inputs) * len(part) / len(windows)
         loss.backward()
         total += loss.item()
-    torch.autograd.backward(list(turning.values()), [leaf.grad for leaf in leaves.values()])
+    for name, leaf in leaves.items():
+        rotated_weights(weights, R1, R2, dtype=torch.float32, names=[name])[name].backward(leaf.grad)
     return total, R1.grad, R2.grad
 
 
@@ -417,8 +419,8 @@ def learn_rotations(model, weights: dict, R1, R2, bits: Bits, windows, steps=SPI
 
 GPTQ_SAMPLES = 128  # sequences of calibration
 
-# In either half of a block, the input that several linears share, and those linears. Each group is calibrated with the
-# groups before it rounded.
+# In either half of a block, the input that several linears share, and those linears, which GPTQ treats as one: rows do
+# not depend on each other. Each group is calibrated with the groups before it rounded.
 GPTQ_GROUPS = {"attn": [("at_input", ["k_proj", "v_proj", "q_proj"]), ("at_output", ["o_proj"])],
                "ffn": [("at_input", ["up_proj", "gate_proj"]), ("at_hidden", ["down_proj"])]}
 
@@ -483,28 +485,33 @@ def gptq_weights(model, tokens, bits: int, clip: bool, group: int) -> dict:
     """GPTQ for all linears, layer by layer, on `tokens` [N, T]. Changes `model`; returns the scales by name.
 
     Only the residual stream at one place is kept. Activations, keys and values are not rounded: attach_rounding comes
-    later. Raises ArithmeticError, with the linear's name, where H cannot be inverted.
+    later. Raises ArithmeticError, with the linears' names, where H cannot be inverted.
     """
     config, scales = model.config, {}
     cos, sin = rope_tables(tokens.shape[1], config.head_dim, config.rope_theta, tokens.device)
     parts = model.embed(tokens).split(max(1, 4096 // tokens.shape[1]))  # of [N, T, D]
     for i, block in enumerate(tqdm(model.blocks, "GPTQ", leave=False, disable=None)):
-        for name, half, forward in (
-            ("attn", block.attn, lambda x, b=block: b.attn(b.attn_norm(x), cos, sin)),
-            ("ffn", block.ffn, lambda x, b=block: b.ffn(b.ffn_norm(x))),
+        for name, half, norm, tables in (
+            ("attn", block.attn, block.attn_norm, (cos, sin)),
+            ("ffn", block.ffn, block.ffn_norm, ()),
         ):
-            for point, shared_by in GPTQ_GROUPS[name]:
-                H = inputs_hessian(getattr(half, point), forward, parts)
-                for linear in shared_by:
-                    W, full_name = getattr(half, linear).weight, f"blocks.{i}.{name}.{linear}"
-                    scale = scales[full_name] = weight_scale(W, bits, clip, group)
-                    try:
-                        codes = gptq(W, H, scale, bits)
-                    except ArithmeticError as error:
-                        raise ArithmeticError(f"GPTQ of {full_name}: {error}") from error
-                    W.copy_(per_column(scale, W.shape[1]) * codes)
+            whole = functools.partial(lambda half, norm, tables, x: half(norm(x), *tables), half, norm, tables)
+            start = functools.partial(lambda half, norm, x: half.at_input(norm(x)), half, norm)
+            for point, group_names in GPTQ_GROUPS[name]:
+                H = inputs_hessian(getattr(half, point), start if point == "at_input" else whole, parts)
+                weights = [getattr(half, linear).weight for linear in group_names]
+                names = [f"blocks.{i}.{name}.{linear}" for linear in group_names]
+                W = torch.cat(weights)
+                scale = weight_scale(W, bits, clip, group)
+                try:
+                    rounded = per_column(scale, W.shape[1]) * gptq(W, H, scale, bits)
+                except ArithmeticError as error:
+                    raise ArithmeticError(f"GPTQ of {', '.join(names)}: {error}") from error
+                rows = [len(W) for W in weights]
+                torch._foreach_copy_(weights, rounded.split(rows))
+                scales |= zip(names, scale.split(rows))
             for part in parts:
-                part += forward(part)  # the residual stream that the next half reads
+                part += whole(part)  # the residual stream that the next half reads
     return scales
 
 

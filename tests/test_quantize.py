@@ -343,12 +343,13 @@ def test_gptq_goes_through_the_groups_in_order_each_with_those_before_it_rounded
 
     monkeypatch.setattr(Q, "gptq", note)
     q = quantize(model, "4-16-16", "gptq", calibration)
-    order = [f"attn.{x}_proj" for x in "kvqo"] + [f"ffn.{x}_proj" for x in ("up", "gate", "down")]
-    names = {m.weight.data_ptr(): n for n, m in linears(q).items()}
-    assert [names[W.data_ptr()] for W, _ in calls] == [f"blocks.{i}.{name}" for i in (0, 1) for name in order]
-    assert calls[0][1] is calls[1][1] is calls[2][1] and calls[4][1] is calls[5][1]
+    order = (["attn.k_proj", "attn.v_proj", "attn.q_proj"], ["attn.o_proj"], ["ffn.up_proj", "ffn.gate_proj"],
+             ["ffn.down_proj"])
+    exact = quantize(model, "16-16-16", "had")
+    for (W, _), (i, names) in zip(calls, [(i, names) for i in (0, 1) for names in order], strict=True):
+        assert torch.equal(W, torch.cat([exact.blocks[i].get_submodule(name).weight for name in names]))
 
-    for call, point in ((10, "attn.at_output"), (13, "ffn.at_hidden")):  # the last layer's, found again afterwards
+    for call, point in ((5, "attn.at_output"), (7, "ffn.at_hidden")):  # the last layer's, found again afterwards
         seen = []
         handle = q.blocks[1].get_submodule(point).register_forward_hook(lambda m, i, x, seen=seen: seen.append(x))
         q(calibration[:, :-1])
@@ -490,7 +491,7 @@ def test_learned_rotations_stay_rotations_and_lower_the_loss_they_were_learned_o
     assert not any(m._forward_hooks for m in model.blocks[0].attn.modules()) and not torch.equal(best[0], R1)
     for R in (best[0], *best[1]):
         assert (R @ R.T - torch.eye(len(R))).abs().max() < 1e-5
-    attach_rounding(model, bits)
+    attach_rounding(model, bits, straight_through=True)
     start, end = (rotation_gradients(model, weights, *R, windows[:8])[0] for R in ((R1, R2), best))
     assert end < start
 
@@ -663,7 +664,7 @@ def test_a_quantized_file_from_elsewhere_is_refused(four_bit_file, run_dir, tmp_
 def test_the_int4_kernel_gives_what_the_dequantized_product_gives():
     codes, scale = torch.randint(-8, 8, (256, 5504), device="cuda").float(), torch.rand(256, 1, device="cuda") + 0.5
     x = torch.randn(3, 5, 5504, device="cuda")
-    for scales in (scale, scale.expand(-1, 43) * torch.rand(43, device="cuda")):  # a scale a row, a scale a group of 128
+    for scales in (scale, scale.expand(-1, 43) * torch.rand(43, device="cuda")):  # a scale a row or 128
         expected = x @ (Q.per_column(scales, 5504) * codes).mT
         assert (Q.Int4Linear(codes, scales)(x) - expected).norm() < 2e-2 * expected.norm()
 
@@ -671,10 +672,10 @@ def test_the_int4_kernel_gives_what_the_dequantized_product_gives():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's int4 kernel is for CUDA")
 def test_packed_weights_write_what_the_simulated_model_writes(tmp_path):
     model = randomized(Config(n_layer=2, n_head=2, n_embd=128, vocab_size=96)).cuda()
-    Q.save_quantized(quantize(model, "4-4-4", "had"), tmp_path / "q.pt", {}, {})
+    Q.save_quantized(quantize(model, "4-16-16", "had"), tmp_path / "q.pt", {}, {})  # fewer bits would amplify bf16
     simulated, packed = (Q.quantized_model(torch.load(tmp_path / "q.pt"), "", "cuda", int4) for int4 in (False, True))
     tokens = torch.randint(96, (2, 32), device="cuda")
-    assert (packed(tokens) - simulated(tokens)).norm() < 0.1 * simulated(tokens).norm()
+    assert (packed(tokens) - simulated(tokens)).norm() < 0.05 * simulated(tokens).norm()
     assert sum(isinstance(m, Q.Int4Linear) for m in packed.modules()) == 14
 
 
