@@ -4,6 +4,7 @@
     python eval.py runs/A --as-published      also the kurtosis of the paper's own script
     python eval.py runs/A --text FILE         loss and perplexity on any text, by the WikiText-2 protocol
     python eval.py runs/A runs/B --bits 4-4-4 --methods rtn,had,gptq,quarot,spinquant     what 4 bits cost (quantize.py)
+    python eval.py runs/A --tasks DIR         score it on benchmarks (benchmarks.py; --bits and --text go with it)
     python eval.py runs/A --prompt "ROMEO:"   let it write
     python eval.py runs/A runs/B --plot DIR   figures (needs matplotlib)
 
@@ -31,6 +32,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from benchmarks import describe_tasks, read_tasks, score_tasks, tasks_table
 from cli import Parser, peak_memory_gib, pick_device, precision
 from data.tokens import Dataset, find_dataset, tokenizer
 from model import Transformer, check_checkpoint, model_from_checkpoint, read_archive
@@ -498,16 +500,22 @@ def measure_target(target: Target, dataset, batch_size: int, autocast, as_publis
     return dict(target=target.name, label=target.label(), **result, sinks=sinks)
 
 
-def measure_quantized(target, dataset, batch_size: int, autocast, exact: float, bits, methods, calib=None) -> dict:
-    """Loss of the quantized model per bit setting and method, and how much that adds to the `exact` loss."""
-    numbers, results = np.arange(dataset.n_windows), {each: {} for each in bits}
+def measure_quantized(target, dataset, batch_size: int, autocast, exact, bits, methods, calib=None, tasks=()) -> dict:
+    """Per bit setting and method: the quantized model's loss on `dataset`, and how much that adds to the `exact` loss,
+    unless the dataset is None; and its scores on `tasks`, if there are any."""
+    results = {each: {} for each in bits}
     for method in tqdm(methods, f"quantize {target.name}", leave=False, disable=None):
         windows = calibration_windows(target.options, target.encoding.name, method, file=calib)
         for each in bits:
             model = quantize(target.model, each, method, windows)
-            loss = mean_loss(model, dataset, numbers, batch_size, autocast, progress=True).item()
-            perplexity = math.exp(min(loss, 700))  # e^710 is more than a float can hold
-            results[each][method] = dict(val_loss=loss, perplexity=perplexity, added=loss - exact)
+            result = results[each][method] = {}
+            if dataset is not None:
+                numbers = np.arange(dataset.n_windows)
+                loss = mean_loss(model, dataset, numbers, batch_size, autocast, progress=True).item()
+                perplexity = math.exp(min(loss, 700))  # e^710 is more than a float can hold
+                result |= dict(val_loss=loss, perplexity=perplexity, added=loss - exact)
+            if tasks:
+                result |= score_tasks(model, target.encoding, tasks, target.seq_len, batch_size, autocast)
     return results
 
 
@@ -534,6 +542,16 @@ def quantized_table(rows: list[dict]) -> str:
                 cells = "".join(f"{r['quantized'][each][method]['added']:>+10.4f}" for each in part)
                 lines.append(f"{r['target']:<34}{method:<10}{r['val_loss']:>8.4f}{cells}")
     return "\n".join(lines)
+
+
+def all_scores(rows: list[dict]) -> str:
+    """The benchmarks of every target, and of its quantized models below it."""
+    scores = []
+    for r in rows:
+        scores.append((r["target"], r))
+        for bits, methods in r.get("quantized", {}).items():
+            scores += [(f"{r['target'][:24]} {bits} {method}", q) for method, q in methods.items()]
+    return tasks_table(scores)
 
 
 def write(target: Target, args) -> str:
@@ -568,6 +586,8 @@ def build_parser() -> Parser:
     p.add_argument("targets", nargs="+", metavar="TARGET", help="a run directory, a checkpoint or a quantized file")
     add = p.add_argument_group("measuring").add_argument
     add("--text", type=Path, metavar="FILE", help="measure on this text instead of the run's validation split")
+    add("--tasks", nargs="+", metavar="PATH", help="score on these task files, or folders of them, made by python "
+        "data/benchmarks.py; no text is measured then, unless --text names one")
     add("--seq-len", type=int, help="with --text: tokens a block (default: the length the model was trained on)")
     add("--as-published", action="store_true", help="also the kurtosis of the paper's script (tokens without context)")
     add("--batch-size", type=int, help="sequences at once; changes speed and memory, not results")
@@ -614,8 +634,10 @@ def main(argv=None):
     args = parser.parse(sys.argv[1:] if argv is None else argv)
     if args.seq_len and not args.text:
         parser.error("--seq-len goes with --text; a run's own validation text is cut as in its training")
-    if args.prompt is not None and (args.plot or args.text or args.as_published):
-        parser.error("--prompt writes instead of measuring: leave out --plot, --text and --as-published")
+    if args.prompt is not None and (args.plot or args.text or args.as_published or args.tasks):
+        parser.error("--prompt writes instead of measuring: leave out --plot, --text, --tasks and --as-published")
+    if args.tasks and not args.text and (args.plot or args.as_published):
+        parser.error("--tasks measures no text: with --plot or --as-published, name one with --text")
     args.device = pick_device(args.device, parser.error)
     for name, low in (("tokens", 1), ("temperature", 0), ("top_k", 1), ("batch_size", 1), ("seq_len", 2)):
         value = getattr(args, name)
@@ -629,6 +651,7 @@ def main(argv=None):
         if args.plot:
             import plot  # fails before the work, not after it
         text = args.text.read_text(encoding="utf-8") if args.text else None
+        tasks = read_tasks(args.tasks) if args.tasks else []
         rows, pictures = [], []
         for path in args.targets:
             target = load_target(path, args.device, args.int4)
@@ -636,15 +659,21 @@ def main(argv=None):
                 with autocast:
                     rows.append(dict(target=target.name, text=write(target, args)))
                 continue
-            block = args.seq_len or target.seq_len
-            dataset = target.dataset() if text is None else TextBlocks(text, target.encoding, block)
+            block, dataset = args.seq_len or target.seq_len, None
+            if text is not None or not tasks:
+                dataset = target.dataset() if text is None else TextBlocks(text, target.encoding, block)
             batch_size = args.batch_size or max(1, 4096 // block)
-            rows.append(measure_target(target, dataset, batch_size, autocast, args.as_published))
-            print(describe(target, rows[-1]), end="\n\n", file=sys.stderr if args.json else sys.stdout, flush=True)
+            row, out = dict(target=target.name, label=target.label()), sys.stderr if args.json else sys.stdout
+            if dataset is not None:
+                row = measure_target(target, dataset, batch_size, autocast, args.as_published)
+                print(describe(target, row), end="\n\n", file=out, flush=True)
+            if tasks:
+                row |= score_tasks(target.model, target.encoding, tasks, target.seq_len, batch_size, autocast)
+                print(describe_tasks(f"{target.name} ({target.label()})", row), end="\n\n", file=out, flush=True)
             if args.bits:
-                exact = rows[-1]["val_loss"]
-                rows[-1]["quantized"] = measure_quantized(
-                    target, dataset, batch_size, autocast, exact, args.bits, args.methods, args.calib)
+                row["quantized"] = measure_quantized(
+                    target, dataset, batch_size, autocast, row.get("val_loss"), args.bits, args.methods, args.calib, tasks)
+            rows.append(row)
             if plot:
                 pictures.append(plot.Picture.of(target, rows[-1], dataset, autocast))
         if plot and pictures:
@@ -653,7 +682,11 @@ def main(argv=None):
         if args.json:
             print(json.dumps(rows))
         elif args.prompt is None:
-            tables = [comparison(rows)] * (len(rows) > 1) + ([quantized_table(rows)] if args.bits else [])
+            tables = []
+            if "val_loss" in rows[0]:
+                tables += [comparison(rows)] * (len(rows) > 1) + ([quantized_table(rows)] if args.bits else [])
+            if tasks:
+                tables.append(all_scores(rows))
             print("\n\n".join(tables), end="\n" if tables else "")
     except (ValueError, OSError, ImportError, ArithmeticError) as error:
         sys.exit(f"error: {error}")

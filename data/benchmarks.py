@@ -1,0 +1,223 @@
+"""The ten benchmarks, from their original files to the task files that eval.py --tasks scores.
+
+    python data/benchmarks.py all --hub --out tasks           fetch and convert all (needs requirements-extra.txt)
+    python data/benchmarks.py piqa FILE --out tasks           convert a file that is there: .parquet, .jsonl, .jsonl.gz
+    python data/benchmarks.py gsm8k FILE --train FILE --out tasks     the shots come from the training split
+
+Prompts, splits and numbers of shots are those of the paper's evaluation (its lighteval_tasks.py and tasks.txt). Three
+of its details are odd, and only kept with --osp-exact, which a comparison with the paper's numbers needs:
+ 1. HellaSwag: endings follow the context after two blanks. Here: one.
+ 2. TriviaQA: the answers of the shots are bare (lower case, no punctuation) and follow "Answer:" without a blank. Here:
+    as in the dataset, after a blank.
+ 3. TriviaQA: an accepted answer that begins with another one is dropped. Here: all are accepted.
+
+The data layout is that of the datasets on the Hugging Face hub; what the files look like afterwards says benchmarks.py.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import re
+import string
+import sys
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Converters: a row of the dataset -> a question. `exact` asks for the oddities.
+
+
+def mc(context: str, choices: list[str], gold: int, **more) -> dict:
+    if not 0 <= gold < len(choices):
+        raise ValueError(f"answer {gold} of {len(choices)} choices (a split without answers?)")
+    return dict(type="mc", context=context, choices=choices, gold=gold, **more)
+
+
+def arc(row, exact):
+    labels, texts = row["choices"]["label"], row["choices"]["text"]  # labels are A to E, or 1 to 5
+    return mc(f"Question: {row['question']}\nAnswer:", [" " + t for t in texts], labels.index(row["answerKey"]))
+
+
+def commonsense_qa(row, exact):
+    texts = row["choices"]["text"]
+    return mc(row["question"], [" " + t for t in texts], "ABCDE".index(row["answerKey"].strip()))
+
+
+def gsm8k(row, exact):
+    number = re.search(r"#### (-?[0-9.,]+)", row["answer"])[1].replace(",", "")
+    context = f"Question: {row['question']}\nAnswer:"
+    return dict(type="gen", context=context, answers=[number], target=" " + row["answer"])
+
+
+def hellaswag(row, exact):
+    def clean(text):  # wikiHow's marks
+        text = re.sub(r"\[.*?\]", "", text.replace(" [title]", ". ")).replace("  ", " ")
+        return text if exact else text.strip()
+
+    context = clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()} ")
+    return mc(context, [" " + clean(ending) for ending in row["endings"]], int(row["label"]))
+
+
+def mmlu(row, exact):
+    subject = row["subject"].replace("_", " ")
+    context = f"The following are questions about {subject}.\nQuestion: {row['question']}\nAnswer:"
+    return mc(context, [" " + t for t in row["choices"]], int(row["answer"]), group=row["subject"])
+
+
+def openbook_qa(row, exact):
+    texts = row["choices"]["text"]
+    return mc(row["question_stem"], [" " + t for t in texts], "ABCDE".index(row["answerKey"].strip()))
+
+
+def piqa(row, exact):
+    return mc(f"Question: {row['goal']}\nAnswer:", [" " + row["sol1"], " " + row["sol2"]], int(row["label"]))
+
+
+def siqa(row, exact):
+    choices = [" " + row["answer" + letter] for letter in "ABC"]
+    return mc(f"{row['context']} {row['question']}", choices, int(row["label"]) - 1)
+
+
+def trivia_qa(row, exact):
+    answers, target = row["answer"]["aliases"], " " + row["answer"]["value"]
+    if exact:
+        kept = []
+        for alias in sorted(answers):
+            if not kept or not alias.startswith(kept[-1]):
+                kept.append(alias)
+        answers = [alias.lower().translate(str.maketrans("", "", string.punctuation)) for alias in kept]
+        target = answers[0]
+    return dict(type="gen", context=f"Question: {row['question']}\nAnswer:", answers=answers, target=target)
+
+
+def winogrande(row, exact):
+    before, _, after = row["sentence"].partition("_")  # the blank in front of the gap stays with the context
+    choices = [f"{row[option]} {after.strip()}" for option in ("option1", "option2")]
+    return mc(before, choices, int(row["answer"]) - 1)
+
+
+class Source(NamedTuple):
+    """Where a benchmark lies on the hub, and how it is asked."""
+
+    benchmark: str  # the paper's name for its column
+    convert: Callable
+    dataset: str
+    subset: str
+    split: str
+    rows: int | None  # in that split, as a check
+    settings: dict = {}
+
+
+STOP = ["Question:", "Question"]
+SOURCES = {
+    "arc_easy": Source("ARC", arc, "allenai/ai2_arc", "ARC-Easy", "test", 2376),
+    "arc_challenge": Source("ARC", arc, "allenai/ai2_arc", "ARC-Challenge", "test", 1172),
+    "commonsense_qa": Source("CSQA", commonsense_qa, "tau/commonsense_qa", "default", "validation", 1221),
+    "gsm8k": Source("GSM8K", gsm8k, "openai/gsm8k", "main", "test", 1319,
+                    dict(shots=8, max_new=256, stop=STOP, match="number")),
+    "hellaswag": Source("HS", hellaswag, "Rowan/hellaswag", "default", "validation", 10042),
+    "mmlu": Source("MMLU", mmlu, "cais/mmlu", "all", "test", 14042),
+    "openbook_qa": Source("OBQA", openbook_qa, "allenai/openbookqa", "main", "validation", 500),
+    "piqa": Source("PIQA", piqa, "ybisk/piqa", "plain_text", "validation", 1838),
+    "siqa": Source("SIQA", siqa, "lighteval/siqa", "default", "validation", 1954),
+    "trivia_qa": Source("TQA", trivia_qa, "mandarjoshi/trivia_qa", "rc.nocontext", "validation", None,
+                        dict(shots=5, max_new=20, stop=STOP, match="alias")),
+    "winogrande": Source("WG", winogrande, "allenai/winogrande", "winogrande_xl", "validation", 1267),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def read_rows(path: Path):
+    """The rows of a file, one by one, as dicts. Raises OSError, ValueError and ImportError."""
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow.parquet
+        except ImportError as error:
+            raise ImportError(f"{path}: parquet needs pyarrow: pip install -r requirements-extra.txt") from error
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
+            yield from batch.to_pylist()
+    else:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            yield from (json.loads(line) for line in file if line.strip())
+
+
+def fetch(source: Source, split: str) -> Path:
+    """One split, from the hub's own parquet copy, which it keeps of every dataset in one layout; cached by
+    huggingface_hub. Raises ImportError and ConnectionError."""
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise ImportError("--hub needs huggingface_hub: pip install -r requirements-extra.txt") from error
+    name = f"{source.subset}/{split}/0000.parquet"
+    try:
+        return Path(hf_hub_download(source.dataset, name, repo_type="dataset", revision="refs/convert/parquet"))
+    except Exception as error:  # any kind of network error, and there are many
+        reason = str(error).strip().splitlines()[0]
+        raise ConnectionError(f"{source.dataset} {name} could not be fetched ({reason})") from error
+
+
+def convert(task: str, files: list[Path], out: Path, exact: bool, settings: dict | None = None) -> int:
+    """Write the questions in `files` to `out`, whole or not at all, after a line of `settings`. Returns their number.
+    Raises ValueError, with file and row, for a row that does not fit."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary, n = out.with_name(out.name + ".tmp"), 0
+    try:
+        with open(temporary, "w", encoding="utf-8") as target:
+            if settings:
+                target.write(json.dumps(settings) + "\n")
+            for path in files:
+                number = 1
+                try:
+                    for row in tqdm(read_rows(path), task, leave=False, disable=None):
+                        target.write(json.dumps(SOURCES[task].convert(row, exact), ensure_ascii=False) + "\n")
+                        number += 1
+                except (ValueError, LookupError, TypeError, AttributeError, EOFError, gzip.BadGzipFile) as error:
+                    raise ValueError(f"{path}, row {number}, does not fit {task}: {error!r}") from error
+                n += number - 1
+        if not n:
+            raise ValueError(f"{', '.join(map(str, files))}: no rows")
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return n
+
+
+def main(argv=None):
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+    add = parser.add_argument
+    add("task", metavar="TASK", choices=[*SOURCES, "all"], help=f"one of {', '.join(SOURCES)}; or all, with --hub")
+    add("files", nargs="*", type=Path, metavar="FILE", help="the split that is scored, as downloaded")
+    add("--train", nargs="+", type=Path, default=[], metavar="FILE", help="gsm8k, trivia_qa: the training split")
+    add("--hub", action="store_true", help="fetch the files instead (cached)")
+    add("--out", type=Path, required=True, metavar="DIR", help="where TASK.jsonl goes, and shots/TASK.jsonl")
+    add("--osp-exact", action="store_true", help="keep the oddities of the paper's evaluation")
+    args = parser.parse_args(argv)
+    if args.hub == bool(args.files) or args.task == "all" and not args.hub:
+        parser.error("name a TASK and its FILEs, or a TASK (or all) and --hub")
+    for task in SOURCES if args.task == "all" else [args.task]:
+        source = SOURCES[task]
+        settings = dict(task=task, benchmark=source.benchmark, **source.settings)
+        settings["source"] = f"{source.dataset} {source.subset} {source.split}" + ", osp-exact" * args.osp_exact
+        try:
+            if "shots" in settings:
+                settings["shots_from"] = f"shots/{task}.jsonl"
+                if not (args.train or args.hub):
+                    parser.error(f"{task} is asked with {settings['shots']} solved examples: add --train FILE")
+                train = [fetch(source, "train")] if args.hub else args.train
+                convert(task, train, args.out / settings["shots_from"], args.osp_exact)
+            files = [fetch(source, source.split)] if args.hub else args.files
+            n = convert(task, files, args.out / f"{task}.jsonl", args.osp_exact, settings)
+        except (ValueError, OSError, ImportError) as error:
+            sys.exit(f"error: {error}")
+        note = f" (the paper's split has {source.rows:,})" if source.rows not in (n, None) else ""
+        print(f"{args.out / task}.jsonl: {n:,} questions{note}")
+
+
+if __name__ == "__main__":
+    main()
