@@ -269,7 +269,9 @@ def test_the_model_continues_each_prompt_as_it_would_alone(model):
 
 def test_writing_ends_at_a_stop_string_the_end_of_text_or_max_new():
     ask = task([], max_new=30, stop=["ijk", "gh"])
-    assert write_answers(Chain.writing("abcdefghijkl"), BYTES, [[97]], ask, **HOW) == ["bcdef"]
+    model, steps = Chain.writing("abcdefghijkl"), []
+    model.at_head.register_forward_hook(lambda m, i, x: steps.append(1))
+    assert write_answers(model, BYTES, [[97]], ask, **HOW) == ["bcdef"] and len(steps) == len("bcdefgh")
     assert write_answers(Chain.writing("abcdef\0ghijkl"), BYTES, [[97]], ask, **HOW) == ["bcdef"]
     ask.max_new = 3
     assert write_answers(Chain.writing("abcdefghijkl"), BYTES, [[97]], ask, **HOW) == ["bcd"]
