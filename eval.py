@@ -671,8 +671,9 @@ def main(argv=None):
                 row |= score_tasks(target.model, target.encoding, tasks, target.seq_len, batch_size, autocast)
                 print(describe_tasks(f"{target.name} ({target.label()})", row), end="\n\n", file=out, flush=True)
             if args.bits:
+                exact = row.get("val_loss")
                 row["quantized"] = measure_quantized(
-                    target, dataset, batch_size, autocast, row.get("val_loss"), args.bits, args.methods, args.calib, tasks)
+                    target, dataset, batch_size, autocast, exact, args.bits, args.methods, args.calib, tasks)
             rows.append(row)
             if plot:
                 pictures.append(plot.Picture.of(target, rows[-1], dataset, autocast))
