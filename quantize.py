@@ -368,8 +368,10 @@ def rotation_gradients(model, weights: dict, R1, R2, windows):
         rotated = rotated_weights(weights, R1, R2, dtype=torch.float32)
     leaves = {name: W.requires_grad_() for name, W in rotated.items() if not name.endswith("gain")}
     total = 0.0
-    for part in windows.split(max(1, 2048 // windows.shape[1])):
-        with torch.autocast(part.device.type, torch.bfloat16, enabled=part.device.type == "cuda"):
+    on_cuda, rows = windows.is_cuda, max(1, 4096 // (windows.shape[1] - 1))
+    for part in windows.split(rows):
+        # no cache: autocast's is only emptied at the end of the outermost autocast, which is not this one
+        with torch.autocast(windows.device.type, torch.bfloat16, enabled=on_cuda, cache_enabled=False):
             inputs = part[:, :-1], part[:, 1:]
             loss = torch.func.functional_call(model, rotated, inputs) * len(part) / len(windows)
         loss.backward()
