@@ -113,6 +113,8 @@ def read_meta(directory: Path) -> dict:
     """meta.json of a dataset; where there is none, as for shards from llm.c and nanoGPT, GPT-2's tokenizer and a
     fingerprint of the files. Raises ValueError for a meta.json that says nothing sensible."""
     path = directory / "meta.json"
+    if not path.exists() and (directory / "manifest.json").exists():
+        raise ValueError(f"{directory} is unfinished: give the data/corpus.py command that began it again")
     if not path.exists():
         source = hashlib.sha256()
         for shard in sorted(directory.glob("*.bin")):
@@ -140,13 +142,13 @@ class Dataset:
 
     def __init__(self, directory, split: str, seq_len: int, seed: int = 0):
         self.directory, self.split, self.seq_len, self.seed = Path(directory), split, seq_len, seed
+        self.meta = read_meta(self.directory)
         # "fineweb_train_000001.bin" is a train shard: the split's name is one of the words of the file's
         paths = [p for p in sorted(self.directory.glob("*.bin")) if split in re.split("[^a-z]+", p.stem.lower())]
         if not paths:
             raise FileNotFoundError(
                 f"no {split} shards (like {split}_000000.bin) in {directory}: see python data/prepare.py --help"
             )
-        self.meta = read_meta(self.directory)
         self.shards = [open_shard(path) for path in paths]
         self.n_tokens = sum(map(len, self.shards))
         promised = self.meta["tokens"].get(split, self.n_tokens)

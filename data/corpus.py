@@ -1,0 +1,307 @@
+"""Corpora too large for prepare.py in, token shards out: any number of processes, stopped and continued at any time.
+
+    python data/corpus.py --text books/ more.jsonl.gz --out DIR         files and folders, one after the other
+    python data/corpus.py --text web/=0.7 code/=0.3 --out DIR           mixed: 70 % of the tokens from web/
+    python data/corpus.py --hub HuggingFaceFW/fineweb-edu:sample/10BT --out DIR      downloaded file by file
+
+Reads .parquet and .jsonl(.gz), a document a row, and .txt, .md, .py, where lines that read <|endoftext|> separate
+documents. A text of more than 1 MiB without such lines is cut, at a line break if there is one.
+
+Of each source the first of every --val-every documents becomes validation text, until there are --val-tokens of it.
+A mixture takes the next document from the source that lags its weight the most, counted in tokens. All this depends on
+the sources alone, not on the number of processes or on interruptions: the same command makes the same bytes.
+
+DIR/manifest.json says how far the work has come. It is written every few seconds, after the tokens that it counts;
+later ones are cut off when the work continues. So nothing is lost or repeated, however a process ends (Ctrl-C, kill -9,
+a full disk): the same command goes on. meta.json comes last; without it train.py refuses the folder as unfinished.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs as a script from any directory
+
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+from data.prepare import SHARD_TOKENS
+from data.sources import Source, open_sources, worker_pool
+from data.tokens import HEADER, open_shard, tokenizer, write_shard
+
+try:
+    import fcntl  # not on Windows
+except ImportError:
+    fcntl = None
+
+GROWTH = {".gz": 3.5, ".parquet": 1.8}  # bytes of text a byte of file: rough, for disk check and progress bar only
+COMMIT_SECONDS = 5  # between two manifests: the work that a kill -9 costs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The directory: shards, and a manifest that is never ahead of them
+
+
+class Split:
+    """The tokens of a split: finished shards, the next one's tokens in a .part file, and some not written yet."""
+
+    def __init__(self, name: str, out: Path, shard_tokens: int):
+        self.name, self.out, self.shard_tokens, self.pending = name, out, shard_tokens, []
+        self.state = {"documents": 0, "tokens": 0, "bytes": 0, "in_part": 0, "shards": []}
+
+    def part(self) -> Path:
+        return self.out / f"{self.name}_{len(self.state['shards']):06d}.part"
+
+    def go_back_to(self, state: dict):
+        """To what the manifest knows of. What is on the disk beyond that will be made again."""
+        self.state = state
+        sizes = {self.out / shard["name"]: HEADER * 4 + shard["tokens"] * 2 for shard in state["shards"]}
+        for path, size in [*sizes.items(), *([(self.part(), state["in_part"] * 2)] if state["in_part"] else [])]:
+            if not path.exists() or path.stat().st_size < size:
+                raise ValueError(f"{path} is missing or damaged: remove {self.out} and begin again")
+            os.truncate(path, size)
+        if not state["in_part"]:
+            self.part().unlink(missing_ok=True)
+
+    def add(self, tokens: np.ndarray, n_bytes: int):
+        self.pending.append(tokens)
+        for name, n in (("documents", 1), ("tokens", len(tokens)), ("bytes", n_bytes)):
+            self.state[name] += n
+
+    def write(self, finish: bool):
+        """Write what is pending; `finish` also ends the last shard."""
+        tokens, self.pending = np.concatenate([np.empty(0, np.uint16), *self.pending]), []
+        while len(tokens) or (finish and self.state["in_part"]):
+            now, tokens = np.split(tokens, [self.shard_tokens - self.state["in_part"]])
+            with open(self.part(), "ab") as file:
+                file.write(now.tobytes())
+            self.state["in_part"] += len(now)
+            if self.state["in_part"] == self.shard_tokens or (finish and not len(tokens)):
+                path = self.part().with_suffix(".bin")
+                write_shard(path.with_suffix(".tmp"), np.memmap(self.part(), np.uint16, "r"))
+                os.replace(path.with_suffix(".tmp"), path)
+                sha256 = hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest()
+                self.state["shards"].append({"name": path.name, "tokens": self.state["in_part"], "sha256": sha256})
+                self.state["in_part"] = 0
+
+
+def write_json(path: Path, content: dict):
+    path.with_suffix(".tmp").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def commit(out: Path, manifest: dict, splits: list[Split], finish=False):
+    """First the tokens, then the manifest that counts them, then away with what is no longer needed."""
+    for split in splits:
+        split.write(finish)
+    write_json(out / "manifest.json", manifest | {"splits": {split.name: split.state for split in splits}})
+    for path in set(out.glob("*.part")) - {split.part() for split in splits}:
+        path.unlink()
+
+
+def check_disk(out: Path, sources: list[Source], tokens: float, shard_tokens: int):
+    """Raises OSError if the disk is too small for `tokens` more tokens."""
+    downloads = sum(max((f.size for f in source.files if f.path is None), default=0) for source in sources)
+    need = 2 * tokens + 4 * min(shard_tokens, tokens) + downloads  # a shard is written while its .part still exists
+    free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
+    if need > free:
+        need, free = f"{need / 1e9:.1f} GB", f"{free / 1e9:.1f} GB"
+        raise OSError(f"{out} needs about {need}, {free} are free there: use --max-tokens or another --out")
+
+
+@contextlib.contextmanager
+def locked(out: Path):
+    """Only one process at a time may write to `out`. Raises BlockingIOError."""
+    out.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise BlockingIOError(f"{out}: another process is writing there") from error
+    try:
+        yield
+    finally:
+        if not (out / "manifest.json").exists():
+            shutil.rmtree(out)  # nothing to continue from
+        if fcntl:
+            os.close(handle)
+
+
+def mix(sources: list[Source], train: Split, val: Split, opt, bar):
+    """Deal the documents out to the splits; yields after each, when everything is consistent."""
+    left = list(sources)
+    while left and train.state["tokens"] < opt.max_tokens:
+        source = min(left, key=lambda s: s.state["tokens"] / s.weight)  # the first of equals
+        for_val = source.state["documents"] % opt.val_every == 0 and val.state["tokens"] < opt.val_tokens
+        document = source.take()
+        if document is not None:
+            (val if for_val else train).add(*document)
+            bar.update(len(document[0]))
+            yield
+            continue
+        left.remove(source)
+        if not source.state["documents"]:
+            raise ValueError(f"{source.name}: no documents in it")
+        if left:
+            bar.write(f"{source.name} ran out after {source.state['tokens']:,} tokens; the others go on", sys.stderr)
+
+
+def build(out: Path, specs: list[tuple], opt) -> dict:
+    """Write or continue the dataset directory `out`. Returns its meta.json.
+
+    Raises OSError and ValueError, each with one line a person can act on; what the manifest counts is never lost.
+    """
+    if (out / "meta.json").exists():
+        raise FileExistsError(f"{out} is finished; remove it, or name another place with --out")
+    begun = (out / "manifest.json").exists()
+    if not begun and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is no unfinished corpus; remove it, or name another place with --out")
+    old = json.loads((out / "manifest.json").read_text(encoding="utf-8")) if begun else {"revisions": {}}
+    encoding = tokenizer(opt.tokenizer)
+    if encoding.n_vocab > 2**16:
+        raise ValueError(f"tokenizer {opt.tokenizer!r} has {encoding.n_vocab:,} ids; shards hold 16-bit tokens")
+    table = Path(opt.tokenizer) / "tokenizer.json" if Path(opt.tokenizer).is_dir() else Path(opt.tokenizer)
+    from_file = opt.tokenizer not in ("bytes", *tiktoken.list_encoding_names())  # then the dataset keeps a copy
+
+    sources = open_sources(specs, opt.key, old["revisions"])
+    begun_with = {name: getattr(opt, name) for name in ("key", "shard_tokens", "val_every", "val_tokens")}
+    begun_with["tokenizer"] = hashlib.sha256(table.read_bytes()).hexdigest() if from_file else opt.tokenizer
+    begun_with["sources"] = [[source.weight, source.fingerprint()] for source in sources]
+    for name, value in begun_with.items():
+        if begun and old["begun_with"][name] != value:
+            what = "other files or weights" if name == "sources" else f"another --{name.replace('_', '-')}"
+            raise ValueError(f"{out} was begun with {what}: {old['begun_with'][name]}; use that again, or remove {out}")
+
+    text = sum(f.size * GROWTH.get(Path(f.name).suffix, 1) for source in sources for f in source.files)
+    estimate = min(text / (1 if opt.tokenizer == "bytes" else 4), opt.max_tokens + opt.val_tokens)
+    done = sum(state["tokens"] for state in old["splits"].values()) if begun else 0
+    check_disk(out, sources, max(estimate - done, 0), opt.shard_tokens)
+
+    with locked(out):
+        train, val = splits = [Split(name, out, opt.shard_tokens) for name in ("train", "val")]
+        if begun:
+            for split in splits:
+                split.go_back_to(old["splits"][split.name])
+            for source, state in zip(sources, old["sources"]):
+                source.state = state
+        manifest = {"begun_with": begun_with, "revisions": old["revisions"], "sources": [s.state for s in sources]}
+        pool = worker_pool(opt.processes, opt.tokenizer, opt.key)
+        bar = tqdm(total=int(estimate), initial=done, unit=" tokens", unit_scale=True, disable=None, leave=False)
+        try:
+            for source in sources:
+                source.start(pool, 2 * opt.processes + 2, out / "download")
+            committed = time.monotonic()
+            for _ in mix(sources, train, val, opt, bar):
+                if time.monotonic() - committed > COMMIT_SECONDS:
+                    commit(out, manifest, splits)
+                    committed = time.monotonic()
+            for split in splits:
+                if split.state["tokens"] < 100:
+                    n = split.state["tokens"]
+                    raise ValueError(f"too little text: {n} {split.name} tokens (--val-every {opt.val_every})")
+            commit(out, manifest, splits, finish=True)
+        except BrokenProcessPool as error:
+            raise ValueError("a worker process was killed (out of memory?); the same command continues") from error
+        finally:
+            bar.close()
+            pool.shutdown(cancel_futures=True)
+
+        for path in out.glob("*.bin"):
+            open_shard(path)  # raises if it is not whole
+        if from_file:
+            shutil.copyfile(table, out / "tokenizer.json")
+        shutil.rmtree(out / "download", ignore_errors=True)
+        shards = [shard["sha256"] for split in splits for shard in split.state["shards"]]
+        meta = {
+            "tokenizer": "tokenizer.json" if from_file else opt.tokenizer,
+            "vocab_size": encoding.n_vocab,
+            "bytes_per_token": val.state["bytes"] / val.state["tokens"],  # turns validation loss into bits per byte
+            "tokens": {split.name: split.state["tokens"] for split in splits},
+            "bytes": {split.name: split.state["bytes"] for split in splits},
+            "source": hashlib.sha256("".join(shards).encode()).hexdigest(),
+        }
+        write_json(out / "meta.json", meta)
+    return meta
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def count(text: str) -> int:
+    """A positive whole number, also as 100e9."""
+    number = int(float(text))
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def parse_spec(text: str, on_hub: bool) -> tuple[str, float | None, bool]:
+    """NAME or NAME=WEIGHT. Raises ValueError."""
+    name, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return text, None, on_hub
+    try:
+        if 0 < float(weight) < math.inf:
+            return name, float(weight), on_hub
+    except ValueError:
+        pass
+    raise ValueError(f"{text}: the weight {weight!r} is no positive number")
+
+
+def main(argv=None):
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+    add = parser.add_argument
+    add("--text", nargs="+", default=[], metavar="PATH[=WEIGHT]", help="files, or folders with all below")
+    add("--hub", nargs="+", default=[], metavar="NAME[:FOLDER][=WEIGHT]",
+        help="datasets of the Hugging Face hub, or a folder of one; weights: of tokens, they need not sum to 1")
+    add("--out", type=Path, required=True, metavar="DIR", help="where to write, or to continue")
+    add("--tokenizer", default="r50k_base",
+        help="'r50k_base' (GPT-2; the default), 'bytes', or the path of a Hugging Face tokenizer.json")
+    add("--key", default="text", help="where a line of JSON, or a parquet file, holds the text (default: text)")
+    add("--max-tokens", type=count, default=2**63, metavar="N",
+        help="stop with the document that reaches so many training tokens, as 100e9 (default: all)")
+    add("--val-every", type=count, default=100, metavar="N",
+        help="the first of N documents is for validation (default: 100)")
+    add("--val-tokens", type=count, default=10_000_000, metavar="N", help="until there are so many (default: 10e6)")
+    add("--shard-tokens", type=count, default=SHARD_TOKENS, metavar="N", help="tokens a shard (default: 100e6)")
+    add("--processes", type=count, default=os.cpu_count(), metavar="N", help="that tokenize (default: one a core)")
+    opt = parser.parse_args(argv)
+    try:
+        specs = [parse_spec(s, False) for s in opt.text] + [parse_spec(s, True) for s in opt.hub]
+    except ValueError as error:
+        parser.error(str(error))
+    if not specs:
+        parser.error("name what to read, with --text or --hub")
+    if len({weight is None for _, weight, _ in specs}) > 1:
+        parser.error("give every source a weight (NAME=0.7), or none")
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as at Ctrl-C
+    try:
+        meta = build(opt.out, specs, opt)
+    except (OSError, ValueError) as error:
+        kept = "; what is done is kept, and the same command continues" if (opt.out / "manifest.json").exists() else ""
+        sys.exit(f"error: {error}{kept}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command continues")
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    tokens = meta["tokens"]
+    print(f"{opt.out}: {tokens['train']:,} training and {tokens['val']:,} validation tokens of {meta['tokenizer']!r}")
+    print(f"train on it: python train.py --osp --data {opt.out}")
+
+
+if __name__ == "__main__":
+    main()
