@@ -70,8 +70,8 @@ class Split:
             if not path.exists() or path.stat().st_size < size:
                 raise ValueError(f"{path} is missing or damaged: remove {self.out} and begin again")
             os.truncate(path, size)
-        if not state["in_part"]:
-            self.part().unlink(missing_ok=True)
+        for path in set(self.out.glob(f"{self.name}_*.part")) - ({self.part()} if state["in_part"] else set()):
+            path.unlink()
 
     def add(self, tokens: np.ndarray, n_bytes: int):
         self.pending.append(tokens)
@@ -109,6 +109,15 @@ def commit(out: Path, manifest: dict, splits: list[Split], finish=False):
         path.unlink()
 
 
+def n_written(out: Path) -> int:
+    """Tokens that the manifest counts; 0 if there is none."""
+    try:
+        splits = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["splits"]
+        return sum(split["tokens"] for split in splits.values())
+    except FileNotFoundError:
+        return 0
+
+
 def check_disk(out: Path, sources: list[Source], tokens: float, shard_tokens: int):
     """Raises OSError if the disk is too small for `tokens` more tokens."""
     downloads = sum(max((f.size for f in source.files if f.path is None), default=0) for source in sources)
@@ -121,7 +130,10 @@ def check_disk(out: Path, sources: list[Source], tokens: float, shard_tokens: in
 
 @contextlib.contextmanager
 def locked(out: Path):
-    """Only one process at a time may write to `out`. Raises BlockingIOError."""
+    """Only one process at a time writes to `out`, and where it fails before the first token, nothing stays.
+
+    Raises BlockingIOError.
+    """
     out.mkdir(parents=True, exist_ok=True)
     handle = os.open(out, os.O_RDONLY) if fcntl else None
     try:
@@ -133,8 +145,8 @@ def locked(out: Path):
     try:
         yield
     finally:
-        if not (out / "manifest.json").exists():
-            shutil.rmtree(out)  # nothing to continue from
+        if not n_written(out):
+            shutil.rmtree(out)
         if fcntl:
             os.close(handle)
 
@@ -186,7 +198,7 @@ def build(out: Path, specs: list[tuple], opt) -> dict:
 
     text = sum(f.size * GROWTH.get(Path(f.name).suffix, 1) for source in sources for f in source.files)
     estimate = min(text / (1 if opt.tokenizer == "bytes" else 4), opt.max_tokens + opt.val_tokens)
-    done = sum(state["tokens"] for state in old["splits"].values()) if begun else 0
+    done = n_written(out)
     check_disk(out, sources, max(estimate - done, 0), opt.shard_tokens)
 
     with locked(out):
@@ -197,6 +209,7 @@ def build(out: Path, specs: list[tuple], opt) -> dict:
             for source, state in zip(sources, old["sources"]):
                 source.state = state
         manifest = {"begun_with": begun_with, "revisions": old["revisions"], "sources": [s.state for s in sources]}
+        commit(out, manifest, splits)
         pool = worker_pool(opt.processes, opt.tokenizer, opt.key)
         bar = tqdm(total=int(estimate), initial=done, unit=" tokens", unit_scale=True, disable=None, leave=False)
         try:
@@ -212,8 +225,10 @@ def build(out: Path, specs: list[tuple], opt) -> dict:
                     n = split.state["tokens"]
                     raise ValueError(f"too little text: {n} {split.name} tokens (--val-every {opt.val_every})")
             commit(out, manifest, splits, finish=True)
-        except BrokenProcessPool as error:
-            raise ValueError("a worker process was killed (out of memory?); the same command continues") from error
+        except (OSError, ValueError, BrokenProcessPool) as error:
+            what = "a process was killed (out of memory?)" if isinstance(error, BrokenProcessPool) else error
+            kept = "; what is done is kept, and the same command continues" if n_written(out) else ""
+            raise ValueError(f"{what}{kept}") from error
         finally:
             bar.close()
             pool.shutdown(cancel_futures=True)
@@ -242,10 +257,9 @@ def build(out: Path, specs: list[tuple], opt) -> dict:
 
 def count(text: str) -> int:
     """A positive whole number, also as 100e9."""
-    number = int(float(text))
-    if number < 1:
+    if not 1 <= float(text) < 2**63:
         raise ValueError
-    return number
+    return int(float(text))
 
 
 def parse_spec(text: str, on_hub: bool) -> tuple[str, float | None, bool]:
@@ -292,8 +306,7 @@ def main(argv=None):
     try:
         meta = build(opt.out, specs, opt)
     except (OSError, ValueError) as error:
-        kept = "; what is done is kept, and the same command continues" if (opt.out / "manifest.json").exists() else ""
-        sys.exit(f"error: {error}{kept}")
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues")
     finally:

@@ -1,0 +1,527 @@
+"""data/corpus.py: what is in the shards, token by token; that no end of a process loses or repeats any; its errors."""
+
+import gzip
+import json
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiktoken
+
+from data import corpus, sources
+from data.prepare import split_text
+from data.tokens import Dataset, open_shard, tokenizer
+
+CORPUS = Path(corpus.__file__)
+rng = random.Random(0)
+
+
+@pytest.fixture(autouse=True)
+def threads(monkeypatch):
+    """Workers as threads: nothing to start. Tests of processes run the script itself."""
+    monkeypatch.setattr(
+        corpus, "worker_pool", lambda n, *args: ThreadPoolExecutor(n, initializer=sources.start_worker, initargs=args)
+    )
+    monkeypatch.setattr(sources.time, "sleep", lambda seconds: None)
+
+
+def made_up(n, word="abc", longest=60):
+    return [f"{word} {i} é\n" + word * rng.randint(1, longest) for i in range(n)]
+
+
+def write_text(path, texts):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
+    return path
+
+
+def write_parquet(path, texts, column="text", rows=7):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"id": list(range(len(texts))), column: texts}), path, row_group_size=rows)
+
+
+def run(*argv, tok="bytes"):
+    corpus.main([str(a) for a in argv] + ["--tokenizer", tok])
+
+
+def read(out, split):
+    """All documents of a split, decoded from its shards."""
+    shards = sorted(out.glob(f"{split}_*.bin"))
+    tokens = np.concatenate([open_shard(p) for p in shards])
+    assert tokens[0] == 0
+    return bytes(tokens[1:].astype(np.uint8)).decode().split("\0")
+
+
+def contents(out):
+    return {p.name: p.read_bytes() for p in out.iterdir()}
+
+
+@pytest.fixture
+def fails(capfd):
+    def check(argv, *words, code=1):
+        with pytest.raises(SystemExit) as error:
+            run(*argv)
+        message = error.value.code if isinstance(error.value.code, str) else capfd.readouterr().err
+        assert (1 if isinstance(error.value.code, str) else error.value.code) == code
+        line = message.strip().splitlines()[-1]
+        assert "error: " in line and all(word in line for word in words), line
+        if isinstance(error.value.code, str):
+            assert "\n" not in message
+
+    return check
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is in the shards
+
+
+def test_a_parquet_folder_comes_back_token_by_token(tmp_path):
+    texts = made_up(50)
+    write_parquet(tmp_path / "in/a.parquet", [*texts[:20], None, "", " \n"])
+    write_parquet(tmp_path / "in/deeper/b.parquet", texts[20:])
+    (tmp_path / "in/readme.pdf").write_bytes(b"not read")
+    run("--text", tmp_path / "in", "--out", tmp_path / "out", "--val-every", 10, "--shard-tokens", 500)
+    assert read(tmp_path / "out", "val") == texts[::10]
+    assert read(tmp_path / "out", "train") == [t for i, t in enumerate(texts) if i % 10]
+    sizes = [len(open_shard(p)) for p in sorted((tmp_path / "out").glob("train_*.bin"))]
+    assert len(sizes) > 3 and set(sizes[:-1]) == {500} and 0 < sizes[-1] <= 500
+    meta = json.loads((tmp_path / "out/meta.json").read_text())
+    assert meta["bytes"]["val"] == sum(len(t.encode()) for t in texts[::10])
+    assert meta["tokens"]["val"] == meta["bytes"]["val"] + 5 and meta["tokens"]["train"] == sum(sizes)
+    assert meta["bytes_per_token"] == meta["bytes"]["val"] / meta["tokens"]["val"]
+    assert Dataset(tmp_path / "out", "train", 16).n_windows  # what train.py does with it
+
+
+def test_all_kinds_of_files_give_the_same_documents(tmp_path):
+    texts = made_up(30)
+    lines = "".join(json.dumps({"text": t, "n": 1}) + "\n" for t in texts)
+    write_text(tmp_path / "a.txt", texts)
+    write_parquet(tmp_path / "a.parquet", texts)
+    (tmp_path / "a.jsonl").write_text(lines.replace("\n", "\n\n", 1))  # an empty line does no harm
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write(lines)
+    for kind in ("txt", "parquet", "jsonl", "jsonl.gz"):
+        run("--text", tmp_path / f"a.{kind}", "--out", tmp_path / kind, "--val-every", 10)
+        for split in ("train", "val"):
+            assert read(tmp_path / kind, split) == read(tmp_path / "txt", split)
+    assert read(tmp_path / "txt", "val") == texts[::10]
+
+
+@pytest.fixture
+def bpe(monkeypatch):
+    """A byte-pair encoding with GPT-2's pattern, under GPT-2's name: nothing to download."""
+    ranks = {bytes([i]): i for i in range(256)} | {b"or": 256, b" w": 257, b" wor": 258, b"  ": 259}
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    special = {"<|endoftext|>": 300}
+    encoding = tiktoken.Encoding("r50k_base", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    for module in (corpus, sources):
+        monkeypatch.setattr(module, "tokenizer", lambda name: encoding)
+    return encoding
+
+
+def test_the_ids_are_tiktokens(tmp_path, bpe):
+    texts = [f"words {i} <|endoftext|> in words" for i in range(60)]  # in a line with other words: text like any other
+    run("--text", write_text(tmp_path / "a.txt", texts), "--out", tmp_path / "out", "--val-every", 20, tok="r50k_base")
+    for split, part in (("val", texts[::20]), ("train", [t for i, t in enumerate(texts) if i % 20])):
+        expected = [i for t in part for i in [300, *bpe.encode_ordinary(t)]]
+        assert open_shard(tmp_path / f"out/{split}_000000.bin").tolist() == expected
+
+
+def deal(documents, weights, val_every):
+    """Brute force: the mixture's rule on lists. Returns (train, val) documents."""
+    taken, numbers, train, val = [0] * len(weights), [0] * len(weights), [], []
+    while any(documents):
+        lag = [taken[s] / weights[s] if documents[s] else float("inf") for s in range(len(weights))]
+        s = lag.index(min(lag))
+        text = documents[s].pop(0)
+        (train if numbers[s] % val_every else val).append(text)
+        taken[s] += 1 + len(text.encode())
+        numbers[s] += 1
+    return train, val
+
+
+def test_a_weighted_mixture_of_two_folders_token_by_token(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sources, "BLOCK", 300)  # many blocks a file
+    monkeypatch.setattr(sources, "ROWS", 3)
+    web, code = [t.strip() for t in made_up(150, "web")], [t.strip() for t in made_up(90, "code", 20)]
+    write_parquet(tmp_path / "web/0.parquet", web[:100])
+    write_text(tmp_path / "web/1.txt", web[100:])
+    write_text(tmp_path / "code/0.txt", code)
+    specs = [f"{tmp_path}/web=0.7", f"{tmp_path}/code=0.3"]
+    run("--text", *specs, "--out", tmp_path / "out", "--val-every", 9, "--processes", 2)
+    train, val = deal([list(web), list(code)], [0.7, 0.3], 9)
+    assert read(tmp_path / "out", "train") == train and read(tmp_path / "out", "val") == val
+    assert sorted(train + val) == sorted(web + code) and not set(train) & set(val)
+    assert "code ran out" in capsys.readouterr().err
+
+    run("--text", *specs, "--out", tmp_path / "part", "--val-every", 9, "--max-tokens", "4e3")
+    stopped = read(tmp_path / "part", "train")
+    assert stopped == train[: len(stopped)]
+    assert sum(len(t.encode()) + 1 for t in stopped[:-1]) < 4000 <= sum(len(t.encode()) + 1 for t in stopped)
+    taken = [s["tokens"] for s in json.loads((tmp_path / "part/manifest.json").read_text())["sources"]]
+    assert abs(taken[0] / sum(taken) - 0.7) < 0.03
+
+
+def test_without_weights_sources_follow_one_another(tmp_path):
+    a, b = made_up(12), made_up(12, "xyz")
+    paths = [write_text(tmp_path / "b.txt", a), write_text(tmp_path / "a.txt", b)]
+    run("--text", *paths, "--out", tmp_path / "out", "--val-every", 8)
+    assert read(tmp_path / "out", "train") == [t for i, t in enumerate(a + b) if i % 8]
+
+
+def test_validation_text_ends_at_its_limit_and_begins_with_the_first_document(tmp_path):
+    texts = made_up(40)
+    path = write_text(tmp_path / "a.txt", texts)
+    run("--text", path, "--out", tmp_path / "out", "--val-every", 2, "--val-tokens", 300)
+    val = read(tmp_path / "out", "val")
+    assert val == texts[: 2 * len(val) : 2]
+    assert sum(len(t.encode()) + 1 for t in val[:-1]) < 300 <= sum(len(t.encode()) + 1 for t in val)
+    assert read(tmp_path / "out", "train") == [t for t in texts if t not in val]
+
+
+def test_blocks_of_any_size_give_the_documents_of_prepare(tmp_path, monkeypatch):
+    pieces = ["<|endoftext|>", "<|endoftext|> \r", " <|endoftext|>", "<|endoftext|>x", "é", "", "ab c", "\u4e2d"]
+    for trial in range(200):
+        text = "\n".join(rng.choices(pieces, k=rng.randint(1, 40))) + rng.choice(["", "\n"])
+        (tmp_path / "a.txt").write_bytes(text.encode())
+        expected = [p.strip() for p in sources.re.split(r"(?m)^<\|endoftext\|>\s*$", text) if p.strip()]
+        longest = max([len(p.encode()) for p in sources.re.split(r"(?m)^<\|endoftext\|>\s*$", text)]) + 20
+        for size in (longest, longest + trial % 7, 2**20):
+            monkeypatch.setattr(sources, "BLOCK", size)
+            blocks = list(sources.read_blocks(tmp_path / "a.txt", "text"))
+            assert [d for p, b in blocks for d in sources.documents("a.txt", p, b, "text")] == expected
+    assert split_text("a\n<|endoftext|>\nb") == (["a"], ["b"])
+
+
+@pytest.mark.parametrize("unit", ["line of text\n", "word ", "\u4e2d", "x"])
+def test_a_huge_text_without_separators_streams_and_loses_nothing(tmp_path, unit):
+    (tmp_path / "a.txt").write_text(unit * (10_000_000 // len(unit.encode())), encoding="utf-8")
+    rest, longest, n = 0, 0, 0
+    for position, block in sources.read_blocks(tmp_path / "a.txt", "text"):
+        assert position == rest
+        rest, longest, n = rest + len(block), max(longest, len(block)), n + 1
+        assert len(sources.documents("a.txt", position, block, "text")) == 1  # decodes: no character is cut
+    assert rest == (tmp_path / "a.txt").stat().st_size and longest <= 2 * sources.BLOCK and n >= 5
+
+
+def test_a_text_that_is_too_much_for_tiktokens_regex_is_encoded_all_the_same(bpe):
+    sources.start_worker("r50k_base", "text")
+    text = "a" + " " * 1_000_000 + "b \ud800"
+    with pytest.raises(ValueError, match="stack"):
+        bpe.encode_to_numpy(text[:-1])
+    [(tokens, n_bytes)] = sources.encode_block("a.jsonl", 1, json.dumps({"text": text}).encode())
+    assert bpe.decode(tokens[1:].tolist()) == text[:-1] + "?" and n_bytes == len(text)
+
+
+def test_a_tokenizer_file_is_kept_with_the_data(tmp_path, monkeypatch):
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok/tokenizer.json").write_text("{}")
+    for module in (corpus, sources):
+        monkeypatch.setattr(module, "tokenizer", lambda name: tokenizer("bytes"))
+    write_text(tmp_path / "a.txt", made_up(20))
+    run("--text", tmp_path / "a.txt", "--out", tmp_path / "out", "--val-every", 5, tok=str(tmp_path / "tok"))
+    assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
+    assert json.loads((tmp_path / "out/meta.json").read_text())["tokenizer"] == "tokenizer.json"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interrupted and continued
+
+
+@pytest.fixture
+def mixture(tmp_path, monkeypatch):
+    """(options of a mixture of several files and blocks, the bytes that an uninterrupted run makes)."""
+    monkeypatch.setattr(sources, "BLOCK", 400)
+    write_text(tmp_path / "web/0.txt", made_up(20, "web"))
+    (tmp_path / "web/1.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in made_up(20, "web")))
+    write_text(tmp_path / "code.txt", made_up(25, "code", 20))
+    argv = ["--text", f"{tmp_path}/web=2", f"{tmp_path}/code.txt=1", "--val-every", 6, "--shard-tokens", 700]
+    run(*argv, "--out", tmp_path / "whole")
+    return argv, contents(tmp_path / "whole")
+
+
+class Crash(BaseException):
+    pass
+
+
+def test_a_crash_at_any_moment_is_continued_to_identical_bytes(mixture, tmp_path, monkeypatch):
+    """Crash before each single operation on the disk in turn, and continue until it is done."""
+    argv, whole = mixture
+    monkeypatch.setattr(corpus, "COMMIT_SECONDS", 0)
+    moments = 0
+
+    def before(module, name):
+        original = getattr(module, name)
+
+        def operation(*args, **kwargs):
+            nonlocal countdown
+            countdown -= 1
+            if countdown == 0:
+                raise Crash
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, operation)
+
+    countdown = 10**9
+    for operation in ((corpus, "write_shard"), (corpus.os, "replace"), (Path, "unlink"), (corpus, "write_json")):
+        before(*operation)
+    for n in (*range(1, 60, 2), 97, 151, 202):
+        countdown, out = n, tmp_path / f"out{n}"
+        for _ in range(3):  # the second crash comes after the same number of operations
+            try:
+                run(*argv, "--out", out)
+                break
+            except Crash:
+                moments += 1
+                countdown = n
+        countdown = 10**9
+        if not (out / "meta.json").exists():
+            run(*argv, "--out", out)
+        assert contents(out) == whole
+    assert moments > 60
+
+
+def script(*argv, commit_seconds=0.0, prelude=""):
+    """data/corpus.py as a process of its own, which writes its manifest often."""
+    code = f"""
+import sys; sys.path.insert(0, {str(CORPUS.parent.parent)!r})
+from data import corpus, sources
+corpus.COMMIT_SECONDS, sources.BLOCK = {commit_seconds}, 4096
+{prelude}
+if __name__ == "__main__":
+    corpus.main({[str(a) for a in argv] + ["--tokenizer", "bytes"]!r})
+"""
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for_tokens(out, process, n):
+    while True:
+        assert process.poll() is None, process.stderr.read()
+        if (out / "manifest.json").exists():
+            tokens = sum(s["tokens"] for s in json.loads((out / "manifest.json").read_text())["splits"].values())
+            if tokens >= n:
+                return tokens
+        time.sleep(0.005)
+
+
+def test_processes_that_are_killed_and_stopped_continue_to_identical_bytes(tmp_path, monkeypatch):
+    monkeypatch.undo()  # real sleep
+    write_text(tmp_path / "a.txt", made_up(3000))
+    argv = ["--text", tmp_path / "a.txt", "--shard-tokens", 40_000]
+    command = [sys.executable, CORPUS, *map(str, argv), "--tokenizer", "bytes", "--out", tmp_path / "whole"]
+    done = subprocess.run([*command, "--processes", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    process = script(*argv, "--out", out, "--processes", 2)
+    killed_at = wait_for_tokens(out, process, 50_000)
+    process.kill()
+    process.communicate()  # returns when the workers have ended too: they hold the other end of the pipe
+    with pytest.raises(ValueError, match="unfinished"):
+        Dataset(out, "train", 16)
+    process = script(*argv, "--out", out, "--processes", 3)
+    stopped_at = wait_for_tokens(out, process, killed_at + 30_000)
+    process.terminate()
+    _, error = process.communicate()
+    assert error.strip() == "interrupted; the same command continues" and process.returncode == 1
+    process = script(*argv, "--out", out, "--processes", 1, commit_seconds=5)
+    _, error = process.communicate()
+    assert process.returncode == 0 and not error
+    assert stopped_at < Dataset(out, "train", 16).n_tokens
+    names = {p.name for p in out.iterdir()}
+    assert names == {p.name for p in (tmp_path / "whole").iterdir()} and len(names) > 5
+    for name in names:
+        if name.endswith(".bin"):  # read in other blocks, by another number of processes
+            assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_full_disk_keeps_what_is_done(mixture, tmp_path, monkeypatch, fails):
+    """The limit on file size makes the kernel refuse a write half-way, as a full disk does."""
+    argv, whole = mixture
+    monkeypatch.setattr(corpus, "COMMIT_SECONDS", 0)
+    out, before = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1101, before[1]))
+    try:
+        fails([*argv, "--out", out], "File too large", "kept", "same command continues")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, previous)
+    tokens = json.loads((out / "manifest.json").read_text())["splits"]["train"]["tokens"]
+    assert tokens > 300
+    run(*argv, "--out", out)
+    assert contents(out) == whole
+
+
+def test_too_small_a_disk_is_noticed_first(mixture, tmp_path, monkeypatch, fails):
+    argv, _ = mixture
+    monkeypatch.setattr(corpus.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    fails([*argv, "--out", tmp_path / "out"], "needs about", "GB", "--max-tokens")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_command_does_not_continue(mixture, tmp_path, monkeypatch, fails):
+    argv, whole = mixture
+    out = tmp_path / "out"
+    shutil.copytree(tmp_path / "whole", out)
+    fails([*argv, "--out", out], "is finished")
+    (out / "meta.json").unlink()
+    fails([*argv[:-1], 800, "--out", out], "--shard-tokens", "700")
+    fails([*argv, "--out", out, "--key", "body"], "--key", "text")
+    fails([argv[0], argv[1][:-1] + "3", *argv[2:], "--out", out], "other files or weights")
+    with corpus.locked(out):
+        fails([*argv, "--out", out], "another process")
+    (out / "train_000001.bin").write_bytes(b"short")
+    fails([*argv, "--out", out], "train_000001.bin", "damaged")
+    (out / "train_000001.bin").write_bytes(whole["train_000001.bin"])
+    run(*argv, "--out", out)
+    assert contents(out) == whole
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can be wrong
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path, fails):
+    good = write_text(tmp_path / "good.txt", made_up(20))
+
+    def refuses(name, content, *words, options=()):
+        path = tmp_path / name
+        if content is not None:
+            path.write_bytes(content)
+        fails(["--text", good, path, "--out", tmp_path / "out", "--val-every", 5, *options], name, *words)
+        assert not (tmp_path / "out").exists()
+
+    row = b'{"text": "some"}\n'
+    refuses("a.jsonl", row * 4 + b'{"text": "broken\n' + row, "line 5", "'text'")
+    refuses("b.jsonl", row * 2 + b'{"body": "x"}\n', "line 3", "'text'")
+    refuses("c.jsonl", row * 2 + b"[1]\n", "line 3")
+    refuses("d.jsonl", row + b'{"text": 7}\n', "line 2", "int")
+    refuses("e.jsonl", row * 200_000 + b"{}\n", "line 200001")
+    refuses("a.jsonl.gz", gzip.compress(row * 99)[:-9], "cannot be read")
+    refuses("b.jsonl.gz", b"not gzip", "cannot be read")
+    refuses("latin.txt", b"caf\xe9", "UTF-8", "byte 3")
+    refuses("a.parquet", b"PAR1 but not really", "cannot be read")
+    refuses("a.pdf", b"x", ".parquet", ".txt")
+    refuses("missing.txt", None, "missing.txt")
+    write_parquet(tmp_path / "b.parquet", ["x"], column="content")
+    refuses("b.parquet", None, "no column 'text'", "content", "--key")
+    refuses("b.parquet", None, "int64", options=["--key", "id"])
+
+
+def test_nothing_to_read(tmp_path, fails):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "blank.jsonl").write_text('\n{"text": " "}\n')
+    (tmp_path / "short.txt").write_text("a\n<|endoftext|>\nb")
+    for name, word in (
+        ("folder", "no .parquet"),
+        ("empty.txt", "no documents"),
+        ("blank.jsonl", "no documents"),
+        ("short.txt", "too little"),
+    ):
+        fails(["--text", tmp_path / name, "--out", tmp_path / "out"], word)
+        assert not (tmp_path / "out").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/file").write_text("mine")
+    fails(["--text", write_text(tmp_path / "a.txt", made_up(9)), "--out", tmp_path / "mine"], "no unfinished corpus")
+    assert contents(tmp_path / "mine") == {"file": b"mine"}
+
+
+def test_bad_options(tmp_path, fails):
+    out = ["--out", tmp_path / "out"]
+    fails(out, "--text or --hub", code=2)
+    fails(["--text", "a=0.5", "b", *out], "weight", code=2)
+    for wrong in ("x", "0", "-1", "nan", "inf"):
+        fails(["--text", f"a={wrong}", *out], wrong, code=2)
+    fails(["--text", "a", "--max-tokens", "0", *out], "--max-tokens", code=2)
+    fails(["--text", "a", "--max-tokens", "inf", *out], "--max-tokens", code=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The hub, replaced at the two functions that we call
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A dataset with two folders on a hub that often fails. `hub.log` lists the files that were downloaded."""
+    module = pytest.importorskip("huggingface_hub")
+    store, state = tmp_path / "store", SimpleNamespace(log=[], fail=0, revisions=[], on_download=lambda name: None)
+    state.texts = made_up(60, "hub")
+    for i in range(3):
+        write_parquet(store / f"web/train-{i}.parquet", state.texts[20 * i : 20 * i + 20])
+    write_parquet(store / "other/train-0.parquet", made_up(5))
+    (store / "README.md").write_text("about")
+
+    class Api:
+        def dataset_info(self, repo, revision=None, files_metadata=False):
+            assert repo == "some/corpus" and files_metadata
+            state.revisions.append(revision)
+            names = [p.relative_to(store).as_posix() for p in store.rglob("*") if p.is_file()]
+            files = [SimpleNamespace(rfilename=n, size=(store / n).stat().st_size) for n in names]
+            return SimpleNamespace(sha=revision or "abc123", siblings=files)
+
+    def download(repo, filename, repo_type, revision, local_dir):
+        assert (repo, repo_type, revision) == ("some/corpus", "dataset", "abc123")
+        state.fail -= 1
+        if state.fail >= 0:
+            raise ConnectionError("reset by peer")
+        state.log.append(filename)
+        state.on_download(filename)
+        path = Path(local_dir) / filename
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return str(shutil.copy(store / filename, path))
+
+    monkeypatch.setattr(module, "HfApi", Api)
+    monkeypatch.setattr(module, "hf_hub_download", download)
+    return state
+
+
+def test_a_folder_of_the_hub_is_read_file_by_file_and_leaves_no_downloads(hub, tmp_path):
+    hub.fail = 3
+    kept = []
+    hub.on_download = lambda name: kept.append([p.name for p in (tmp_path / "out").rglob("*.parquet")])
+    run("--hub", "some/corpus:web", "--out", tmp_path / "out", "--val-every", 10)
+    assert hub.log == [f"web/train-{i}.parquet" for i in range(3)] and kept == [[], [], []]
+    assert read(tmp_path / "out", "train") == [t for i, t in enumerate(hub.texts) if i % 10]
+    assert {p.suffix for p in (tmp_path / "out").iterdir()} == {".bin", ".json"}
+
+
+def test_an_interrupted_download_continues_at_the_same_revision(hub, tmp_path, monkeypatch, fails):
+    run("--hub", "some/corpus:web=1", "--out", tmp_path / "whole", "--val-every", 10)
+    monkeypatch.setattr(corpus, "COMMIT_SECONDS", 0)
+    monkeypatch.setattr(sources, "ROWS", 5)
+
+    def no_network(name):
+        if name.endswith("2.parquet"):
+            raise ConnectionError("no route to host")
+
+    hub.on_download = no_network
+    argv = ["--hub", "some/corpus:web=1", "--out", tmp_path / "out", "--val-every", 10, "--processes", 1]
+    start = sources.Source.start
+    monkeypatch.setattr(sources.Source, "start", lambda self, pool, ahead, d: start(self, pool, 1, d))  # reads less ahead
+    fails(argv, "web/train-2.parquet", "no route to host", "continues")
+    hub.on_download = lambda name: None
+    hub.log.clear(), hub.revisions.clear()
+    run(*argv)
+    assert hub.revisions == ["abc123"] and hub.log[0] != "web/train-0.parquet"
+    for name in ("train_000000.bin", "val_000000.bin", "meta.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_hub_that_does_not_answer_or_has_no_such_folder(hub, tmp_path, monkeypatch, fails):
+    fails(["--hub", "some/corpus:nothing", "--out", tmp_path / "out"], "nothing", "'other', 'web'")
+    hub.fail = 10**6
+    fails(["--hub", "some/corpus:web", "--out", tmp_path / "out"], "reset by peer")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    fails(["--hub", "some/corpus", "--out", tmp_path / "out"], "huggingface_hub", "requirements-extra.txt")
