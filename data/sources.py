@@ -183,7 +183,7 @@ def start_worker(tokenizer_name: str, text_key: str):
 
 
 def encode(text: str) -> np.ndarray | list[int]:
-    """Token ids of a document. Runs of some 100,000 blanks are too much for tiktoken's regex: then the text is halved."""
+    """Token ids of a document. Some 100,000 blanks in a row are too much for tiktoken's regex: it halves the text then."""
     try:
         if type(encoding) is tiktoken.Encoding:
             return encoding.encode_to_numpy(text, disallowed_special=())  # the same ids, a fifth faster

@@ -130,7 +130,7 @@ def bpe(monkeypatch):
 
 
 def test_the_ids_are_tiktokens(tmp_path, bpe):
-    texts = [f"words {i} <|endoftext|> in words" for i in range(60)]  # in a line with other words: text like any other
+    texts = [f"words {i} <|endoftext|> in words and more of them" for i in range(60)]  # in a line with other words: text like any other
     run("--text", write_text(tmp_path / "a.txt", texts), "--out", tmp_path / "out", "--val-every", 20, tok="r50k_base")
     for split, part in (("val", texts[::20]), ("train", [t for i, t in enumerate(texts) if i % 20])):
         expected = [i for t in part for i in [300, *bpe.encode_ordinary(t)]]
@@ -508,7 +508,7 @@ def test_an_interrupted_download_continues_at_the_same_revision(hub, tmp_path, m
     hub.on_download = no_network
     argv = ["--hub", "some/corpus:web=1", "--out", tmp_path / "out", "--val-every", 10, "--processes", 1]
     start = sources.Source.start
-    monkeypatch.setattr(sources.Source, "start", lambda self, pool, ahead, d: start(self, pool, 1, d))  # reads less ahead
+    monkeypatch.setattr(sources.Source, "start", lambda s, pool, ahead, d: start(s, pool, 1, d))  # reads little ahead
     fails(argv, "web/train-2.parquet", "no route to host", "continues")
     hub.on_download = lambda name: None
     hub.log.clear(), hub.revisions.clear()
