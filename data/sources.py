@@ -94,7 +94,7 @@ def hub_files(name: str, revision: str | None) -> list[File]:
 def fetch(file: File, folder: Path) -> Path:
     """Download a file of the hub; a half-downloaded one lies under another name."""
     hub = extra("huggingface_hub", "huggingface_hub")
-    where = dict(repo_type="dataset", revision=file.revision, local_dir=folder)
+    where = dict(repo_type="dataset", revision=file.revision, local_dir=folder / file.repo.replace("/", "--"))
     path = Path(with_retries(lambda: hub.hf_hub_download(file.repo, file.name, **where), f"{file.repo}/{file.name}"))
     if path.stat().st_size != file.size:
         path.unlink()
@@ -183,7 +183,7 @@ def start_worker(tokenizer_name: str, text_key: str):
 
 
 def encode(text: str) -> np.ndarray | list[int]:
-    """Token ids of a document. Some 100,000 blanks in a row are too much for tiktoken's regex: it halves the text then."""
+    """Token ids of a document. Where tiktoken's regex gives up, as at a million blanks in a row, the text is halved."""
     try:
         if type(encoding) is tiktoken.Encoding:
             return encoding.encode_to_numpy(text, disallowed_special=())  # the same ids, a fifth faster
@@ -222,8 +222,8 @@ class Source:
 
     def __init__(self, name: str, weight: float, files: list[File]):
         self.name, self.weight, self.files = name, weight, files
+        # What the manifest keeps. The position is the next document's: file, block in the file, document in the block
         self.state = {"name": name, "position": [0, 0, 0], "documents": 0, "tokens": 0}
-        # position of the next document: file, block in the file, document in the block
 
     def fingerprint(self) -> str:
         return hashlib.sha256(repr([(f.name, f.size, f.revision) for f in self.files]).encode()).hexdigest()

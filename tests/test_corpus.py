@@ -130,7 +130,7 @@ def bpe(monkeypatch):
 
 
 def test_the_ids_are_tiktokens(tmp_path, bpe):
-    texts = [f"words {i} <|endoftext|> in words and more of them" for i in range(60)]  # in a line with other words: text like any other
+    texts = [f"words {i} <|endoftext|> within a line is text like any other" for i in range(60)]
     run("--text", write_text(tmp_path / "a.txt", texts), "--out", tmp_path / "out", "--val-every", 20, tok="r50k_base")
     for split, part in (("val", texts[::20]), ("train", [t for i, t in enumerate(texts) if i % 20])):
         expected = [i for t in part for i in [300, *bpe.encode_ordinary(t)]]
