@@ -34,7 +34,8 @@ from tqdm import tqdm
 
 from benchmarks import describe_tasks, read_tasks, score_tasks, tasks_table
 from cli import Parser, peak_memory_gib, pick_device, precision
-from data.tokens import Dataset, find_dataset, tokenizer
+from data.tokens import Dataset, find_dataset, tokenizer_of
+from huggingface import is_llama, load_llama
 from model import Transformer, check_checkpoint, model_from_checkpoint, read_archive
 from quantize import METHODS, calibration_windows, parse_bits, quantize, quantized_model
 
@@ -378,34 +379,41 @@ class Target:
         return configuration_label(self.options) + (f", {made['method']} {made['bits']}" if made else "")
 
     def dataset(self) -> Dataset:
-        """The validation split of the data it was trained on."""
+        """The validation split of the data it was trained on. Raises ValueError for a model from elsewhere."""
+        if "data" not in self.options:
+            raise ValueError(f"{self.path} was trained elsewhere and brings no text: name one with --text FILE")
         return Dataset(find_dataset(self.options["data"]), "val", self.seq_len)
 
 
 def configuration_label(options: dict) -> str:
+    if "imported" in options:
+        return "LLaMA"
     parts = [{"adam": "Adam", "muon": "Muon", "muon-only": "Muon-only"}[options["optimizer"]]]
     parts += ["SSNorm"] * (options["norm"] == "ss") + ["EmbProj"] * bool(options["embproj"])
     return "OSP" if parts == ["Muon", "SSNorm", "EmbProj"] else " + ".join(parts)
 
 
 def load_target(path: str, device: str, int4: bool = False) -> Target:
-    """The model at `path`: a run directory, a checkpoint or a file of quantize.py, whose weights `int4` leaves packed.
-    Raises what load_checkpoint does."""
+    """The model at `path`: a run directory, a checkpoint, a Hugging Face LLaMA directory or a file of quantize.py, of
+    which `int4` leaves the weights packed. Raises what load_checkpoint and load_llama do."""
     path = Path(path)
-    state = read_archive(path / "ckpt.pt" if path.is_dir() else path)
-    if isinstance(state, dict) and "packing" in state:
-        model = quantized_model(state, path, device, int4)
-    elif int4:
-        raise ValueError(f"{path} is not quantized: --int4 is for files of quantize.py --out")
+    if is_llama(path):
+        model, options, data = load_llama(path, device)
     else:
-        model = model_from_checkpoint(check_checkpoint(state, path), device).eval().requires_grad_(False)
-    options = state["options"]
-    missing = {"optimizer", "norm", "embproj", "data", "seq_len", "seed"} - options.keys()
-    missing |= {"tokenizer"} - state["data"].keys()
+        state = read_archive(path / "ckpt.pt" if path.is_dir() else path)
+        if isinstance(state, dict) and "packing" in state:
+            model = quantized_model(state, path, device, int4)
+        else:
+            model = model_from_checkpoint(check_checkpoint(state, path), device).eval()
+        options, data = state["options"], state["data"]
+    if int4 and not hasattr(model, "quantization"):
+        raise ValueError(f"{path} is not quantized: --int4 is for files of quantize.py --out")
+    needed = {"imported"} if "imported" in options else {"optimizer", "norm", "embproj", "data", "seed"}
+    missing = (needed | {"seq_len"}) - options.keys() | {"tokenizer"} - data.keys()
     if missing:
         raise ValueError(f"{path} does not say {', '.join(sorted(missing))}: train.py or quantize.py would have")
     name = path.resolve().name if path.is_dir() else path.stem
-    return Target(name, path, model, tokenizer(state["data"]["tokenizer"]), options["seq_len"], options)
+    return Target(name, path, model.requires_grad_(False), tokenizer_of(data), options["seq_len"], options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -505,7 +513,7 @@ def measure_quantized(target, dataset, batch_size: int, autocast, exact, bits, m
     unless the dataset is None; and its scores on `tasks`, if there are any."""
     results = {each: {} for each in bits}
     for method in tqdm(methods, f"quantize {target.name}", leave=False, disable=None):
-        windows = calibration_windows(target.options, target.encoding.name, method, file=calib)
+        windows = calibration_windows(target.options, target.encoding, method, file=calib)
         for each in bits:
             model = quantize(target.model, each, method, windows)
             result = results[each][method] = {}
@@ -583,7 +591,8 @@ SWEEP = [f"{w}-16-16" for w in range(8, 2, -1)] + [f"16-{a}-16" for a in range(8
 
 def build_parser() -> Parser:
     p = Parser(__doc__)
-    p.add_argument("targets", nargs="+", metavar="TARGET", help="a run directory, a checkpoint or a quantized file")
+    p.add_argument("targets", nargs="+", metavar="TARGET", help="a run directory, a checkpoint, a quantized file or a "
+                   "Hugging Face LLaMA directory")
     add = p.add_argument_group("measuring").add_argument
     add("--text", type=Path, metavar="FILE", help="measure on this text instead of the run's validation split")
     add("--tasks", nargs="+", metavar="PATH", help="score on these task files, or folders of them, made by python "

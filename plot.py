@@ -237,7 +237,7 @@ def draw_all(pictures: list[Picture], out: Path) -> list[Path]:
     if series:
         figures["curves"] = draw_curves(series, floor)
     points = {}
-    for p in pictures:
+    for p in (p for p in pictures if "lr" in p.options):  # models from elsewhere do not say
         points.setdefault(p.label, []).append((p.options["lr"], p.result["kurtosis"], p.result["val_loss"]))
     if any(len({rate for rate, _, _ in group}) > 1 for group in points.values()):
         figures["learning_rates"] = draw_learning_rates(points, floor)

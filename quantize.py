@@ -1,6 +1,7 @@
 """Four bits: quantize a trained model by the five methods of the paper's table (Table 4), each in one page.
 
     python quantize.py runs/NAME --method gptq --bits 4-4-4 --out FILE
+    python quantize.py runs/NAME --hf DIR      not rounded: as a plain LLaMA that Hugging Face's library loads
 
 W-A-KV bits, as in 4-4-4: weights, activations, keys and values; each 2 to 8, or 16 for "leave alone". The methods build
 on each other:
@@ -43,7 +44,8 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from cli import Parser, peak_memory_gib, pick_device
-from data.tokens import Dataset, find_dataset, tokenizer
+from data.tokens import Dataset, find_dataset, tokenizer_of
+from huggingface import is_llama, last_evaluation, load_llama, save_llama
 from model import (
     Config,
     Transformer,
@@ -719,18 +721,21 @@ def load_quantized(path, device="cpu") -> Transformer:
 # Command line
 
 
-def calibration_windows(options: dict, encoding: str, method: str, steps: int = SPIN_STEPS, file=None):
+def calibration_windows(options: dict, encoding, method: str, steps: int = SPIN_STEPS, file=None):
     """Tokens to calibrate on, int64 [N, T + 1], or None for methods without: random windows of the training split of
-    the run's own data, or blocks spread evenly over `file`. Raises ValueError for a file shorter than a block."""
+    the run's own data, or blocks spread evenly over `file`. Raises ValueError for a file shorter than a block, or if a
+    model from elsewhere, which has no data, is given none."""
     if method in ("rtn", "had"):
         return None
     n, block = GPTQ_SAMPLES, options["seq_len"] + 1
     if method == "spinquant":
         n = max(n, SPIN_BATCH * (steps + 1))  # every step sees new text, if there is enough
+    if file is None and "data" not in options:
+        raise ValueError(f"{method} needs text to calibrate on, which an imported model does not bring: --calib FILE")
     if file is None:
         data = Dataset(find_dataset(options["data"]), "train", options["seq_len"], options["seed"])
         return torch.from_numpy(data.batch(0, min(n, data.n_windows)))
-    ids = torch.tensor(tokenizer(encoding).encode_ordinary(Path(file).read_text(encoding="utf-8")))
+    ids = torch.tensor(encoding.encode_ordinary(Path(file).read_text(encoding="utf-8")))
     if len(ids) < block:
         raise ValueError(f"--calib {file} has {len(ids):,} tokens, fewer than one block of {block:,}")
     blocks = ids[: len(ids) // block * block].view(-1, block)
@@ -740,8 +745,10 @@ def calibration_windows(options: dict, encoding: str, method: str, steps: int = 
 def build_parser() -> Parser:
     p = Parser(__doc__)
     add = p.add_argument
-    add("target", metavar="TARGET", help="a run directory or a checkpoint file of train.py")
-    add("--out", type=Path, required=True, metavar="FILE", help="where the model goes, its weights in 4 bits")
+    add("target", metavar="TARGET", help="a run directory, a checkpoint, or a Hugging Face LLaMA directory")
+    goal = p.add_mutually_exclusive_group(required=True).add_argument
+    goal("--out", type=Path, metavar="FILE", help="where the model goes, its weights in 4 bits")
+    goal("--hf", type=Path, metavar="DIR", help="where it goes as trained, as a Hugging Face LLaMA directory")
     add("--method", default="gptq", help=f"one of {', '.join(METHODS)}, each building on those before (default: gptq)")
     add("--bits", default="4-4-4", help="weights-activations-KV: 4, and 2 to 8 or 16 for \"as it is\" (default: 4-4-4)")
     add("--calib", type=Path, metavar="FILE", help="text to calibrate on (default: the run's own training split)")
@@ -756,8 +763,15 @@ def build_parser() -> Parser:
     return p
 
 
-def check(args, error):
+def check(args, error, defaults):
     """Call error(message) for the first option that cannot be."""
+    goal, path = ("--hf", args.hf) if args.hf else ("--out", args.out)
+    if not path.parent.is_dir() or (path.exists() if args.hf else path.is_dir()):
+        error(f"{goal} {path} must be a {'new directory' if args.hf else 'file'} in a directory that exists")
+    rounding = {"method", "bits", "calib", "no_clip", "w_group", "symmetric", "center_embed", "steps", "lr", "seed"}
+    given = [name for name in rounding if getattr(args, name) != defaults(name)]
+    if args.hf and given:
+        error(f"--{min(given).replace('_', '-')} goes with --out: --hf writes the model as it was trained")
     try:
         if parse_bits(args.bits).w != 4:
             error(f"--bits {args.bits}: the file holds weights of 4 bits; quantize() can simulate other numbers")
@@ -769,27 +783,38 @@ def check(args, error):
         error("--center-embed is for --method quarot or spinquant")
     if args.w_group < 0 or args.steps < 0 or not 0 <= args.lr < math.inf or args.seed < 0:
         error("--w-group, --steps, --lr and --seed must be numbers of at least 0")
-    if args.out.is_dir() or not args.out.parent.is_dir():
-        error(f"--out {args.out} must be a file in a directory that exists")
+
+
+def load_trained(target, device):
+    """(model, options, data, last evaluation or None) of a run, a checkpoint or a Hugging Face LLaMA directory."""
+    path = Path(target)
+    if is_llama(path):
+        return *load_llama(path, device), None
+    state = load_checkpoint(path)
+    log = (path if path.is_dir() else path.parent) / "log.jsonl"
+    evaluation = last_evaluation(log, state["step"])
+    return model_from_checkpoint(state, device).eval(), state["options"], state["data"], evaluation
 
 
 def main(argv=None):
     parser = build_parser()
     args = parser.parse(sys.argv[1:] if argv is None else argv)
-    check(args, parser.error)
+    check(args, parser.error, parser.get_default)
     device = pick_device(args.device, parser.error)
     try:
-        state = load_checkpoint(args.target)
-        options, data = state["options"], state["data"]
-        model = model_from_checkpoint(state, device).eval()
-        windows = calibration_windows(options, data["tokenizer"], args.method, args.steps, args.calib)
+        model, options, data, evaluation = load_trained(args.target, device)
+        if args.hf:
+            save_llama(model, args.hf, options, data, evaluation)
+            print(f"{args.hf}: a plain LLaMA, for AutoModelForCausalLM and AutoTokenizer.from_pretrained")
+            return
+        windows = calibration_windows(options, tokenizer_of(data), args.method, args.steps, args.calib)
         began = time.perf_counter()
         model = quantize(model, args.bits, args.method, windows, clip=not args.no_clip, w_group=args.w_group,
                          symmetric=args.symmetric, center_embed=args.center_embed, seed=args.seed, steps=args.steps,
                          lr=args.lr)
         wall = time.perf_counter() - began
         save_quantized(model, args.out, options, data)
-    except (ValueError, OSError, ArithmeticError, KeyError) as error:
+    except (ValueError, OSError, ArithmeticError, KeyError, ImportError) as error:
         sys.exit(f"error: {error}")
     size, n = args.out.stat().st_size, sum(p.numel() for p in model.parameters())
     print(f"{args.method} {args.bits} in {wall:.1f} s, peak memory {peak_memory_gib(device):.2f} GiB: {args.out}, "

@@ -11,7 +11,7 @@ import torch
 import eval as evaluation
 import quantize as Q
 import train
-from data.tokens import Dataset
+from data.tokens import Dataset, tokenizer
 from model import Config, Transformer, load_checkpoint, model_from_checkpoint
 from quantize import (
     Bits,
@@ -592,10 +592,10 @@ def test_the_command_line_writes_what_quantize_gives(run_dir, dataset_dir, tmp_p
 
 def test_calibration_comes_from_the_training_split(run_dir, dataset_dir):
     options = load_checkpoint(run_dir)["options"]
-    windows = Q.calibration_windows(options, "bytes", "gptq")
+    windows = Q.calibration_windows(options, tokenizer("bytes"), "gptq")
     data = Dataset(dataset_dir, "train", 16, 0)
     assert torch.equal(windows, torch.from_numpy(data.batch(0, len(windows)))) and len(windows) == 128
-    assert Q.calibration_windows(options, "bytes", "rtn") is None
+    assert Q.calibration_windows(options, tokenizer("bytes"), "rtn") is None
 
 
 @pytest.fixture
