@@ -187,7 +187,7 @@ def convert(task: str, files: list[Path], out: Path, exact: bool, settings: dict
     return n
 
 
-def main(argv=None):
+def build_parser() -> argparse.ArgumentParser:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     add = parser.add_argument
@@ -197,6 +197,11 @@ def main(argv=None):
     add("--hub", action="store_true", help="fetch the files instead (cached)")
     add("--out", type=Path, required=True, metavar="DIR", help="where TASK.jsonl goes, and shots/TASK.jsonl")
     add("--osp-exact", action="store_true", help="keep the oddities of the paper's evaluation")
+    return parser
+
+
+def main(argv=None):
+    parser = build_parser()
     args = parser.parse_args(argv)
     if args.hub == bool(args.files) or args.task == "all" and not args.hub:
         parser.error("name a TASK and its FILEs, or a TASK (or all) and --hub")

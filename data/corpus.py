@@ -275,7 +275,7 @@ def parse_spec(text: str, on_hub: bool) -> tuple[str, float | None, bool]:
     raise ValueError(f"{text}: the weight {weight!r} is no positive number")
 
 
-def main(argv=None):
+def build_parser() -> argparse.ArgumentParser:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     add = parser.add_argument
@@ -293,6 +293,11 @@ def main(argv=None):
     add("--val-tokens", type=count, default=10_000_000, metavar="N", help="until there are so many (default: 10e6)")
     add("--shard-tokens", type=count, default=SHARD_TOKENS, metavar="N", help="tokens a shard (default: 100e6)")
     add("--processes", type=count, default=os.cpu_count(), metavar="N", help="that tokenize (default: one a core)")
+    return parser
+
+
+def main(argv=None):
+    parser = build_parser()
     opt = parser.parse_args(argv)
     try:
         specs = [parse_spec(s, False) for s in opt.text] + [parse_spec(s, True) for s in opt.hub]

@@ -139,7 +139,7 @@ def prepare(out: Path, tokenizer_name: str, text: Path | None = None):
     return meta
 
 
-def main():
+def build_parser() -> argparse.ArgumentParser:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     add = parser.add_argument
@@ -149,7 +149,11 @@ def main():
     add("--tokenizer", default="bytes", metavar="NAME", help="'bytes' (256 ids, needs nothing), 'r50k_base' (GPT-2; "
         "fetched once), or a Hugging Face tokenizer.json of byte-level BPE or a directory that holds one")
     add("--out", type=Path, metavar="DIR", help="where to write (default: beside this script, named after the text)")
-    args = parser.parse_args()
+    return parser
+
+
+def main():
+    args = build_parser().parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that half-written files are removed
     name = "shakespeare" if args.text is None else args.text.stem
     out = args.out or HERE / (name if args.tokenizer == "bytes" else f"{name}_{Path(args.tokenizer).name}")

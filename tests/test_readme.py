@@ -1,7 +1,10 @@
 import re
 from pathlib import Path
 
+import eval as evaluation
+import quantize
 import train
+from data import benchmarks, corpus, prepare
 from results.tables import TABLES, filled
 
 ROOT = Path(train.__file__).parent
@@ -19,7 +22,9 @@ def test_a_changed_digit_would_be_noticed():
 
 
 def test_every_option_and_file_the_readme_names_exists():
-    options = set(train.build_parser()._option_string_actions) | {"--text", "--as-published", "--prompt", "--bits", "--methods", "--method", "--nproc-per-node", "--sweep", "--plot", "--int4"}
+    parsers = (train, evaluation, quantize, prepare, corpus, benchmarks)
+    options = {name for script in parsers for name in script.build_parser()._option_string_actions}
+    options |= {"--nproc-per-node", "--local-dir"}  # of torchrun and of hf
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", re.sub(r"<!--.*?-->", "", README))) <= options
     for name in re.findall(r"\]\(([^)#:]+)\)|`(results/[^`]+?)`", README):
         assert (ROOT / (name[0] or name[1])).exists(), name
