@@ -18,6 +18,7 @@ import pytest
 import tiktoken
 
 from data import corpus, sources
+from data.bpe import json_from_encoding
 from data.prepare import split_text
 from data.tokens import Dataset, open_shard, tokenizer
 
@@ -223,15 +224,18 @@ def test_a_text_that_is_too_much_for_tiktokens_regex_is_encoded_all_the_same(bpe
     assert bpe.decode(tokens[1:].tolist()) == text[:-1] + "?" and n_bytes == len(text)
 
 
-def test_a_tokenizer_file_is_kept_with_the_data(tmp_path, monkeypatch):
+def test_a_tokenizer_file_is_kept_with_the_data(tmp_path):
     (tmp_path / "tok").mkdir()
-    (tmp_path / "tok/tokenizer.json").write_text("{}")
-    for module in (corpus, sources):
-        monkeypatch.setattr(module, "tokenizer", lambda name: tokenizer("bytes"))
+    text = json_from_encoding(tokenizer("bytes"))  # as Hugging Face would have it
+    (tmp_path / "tok/tokenizer.json").write_text(text)
     write_text(tmp_path / "a.txt", made_up(20))
-    run("--text", tmp_path / "a.txt", "--out", tmp_path / "out", "--val-every", 5, tok=str(tmp_path / "tok"))
-    assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
+    for name, tok in (("out", str(tmp_path / "tok")), ("bytes", "bytes")):
+        run("--text", tmp_path / "a.txt", "--out", tmp_path / name, "--val-every", 5, tok=tok)
+    assert (tmp_path / "out/tokenizer.json").read_text() == text
     assert json.loads((tmp_path / "out/meta.json").read_text())["tokenizer"] == "tokenizer.json"
+    ours, expected = (open_shard(tmp_path / name / "train_000000.bin") for name in ("out", "bytes"))
+    encoding = tokenizer(str(tmp_path / "out/tokenizer.json"))  # its ids are in another order
+    assert encoding.decode_bytes(ours.tolist()) == tokenizer("bytes").decode_bytes(expected.tolist())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
