@@ -213,6 +213,7 @@ def draw_bits(series: list[tuple[str, dict]]):
                 axis.plot(*zip(*points), color=color, linestyle=line, marker=marker, linewidth=2 - i, markersize=5,
                           label=f"{label}, {method}", alpha=1 - 0.4 * min(i, 1))
         axis.set_xlabel(f"bits of {name}, the rest at 16")
+        axis.set_xticks(sorted({int(each.split("-")[place]) for each in settings}))
         axis.invert_xaxis()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation loss (nats per token)")

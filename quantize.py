@@ -759,6 +759,8 @@ def build_parser() -> Parser:
     add("--steps", type=int, default=SPIN_STEPS, help=f"of SpinQuant (default: {SPIN_STEPS})")
     add("--lr", type=float, default=SPIN_LR, help=f"of SpinQuant; if its loss jumps, lower it (default: {SPIN_LR})")
     add("--seed", type=int, default=0, help="of the random rotations (default: 0)")
+    add("--dtype", choices=["float32", "bfloat16"], help="of embedding, head, norms and all arithmetic "
+        "(default: as in TARGET)")
     add("--device", choices=["cuda", "mps", "cpu"], help="default: the first of these that is there")
     return p
 
@@ -768,7 +770,7 @@ def check(args, error, defaults):
     goal, path = ("--hf", args.hf) if args.hf else ("--out", args.out)
     if not path.parent.is_dir() or (path.exists() if args.hf else path.is_dir()):
         error(f"{goal} {path} must be a {'new directory' if args.hf else 'file'} in a directory that exists")
-    rounding = {"method", "bits", "calib", "no_clip", "w_group", "symmetric", "center_embed", "steps", "lr", "seed"}
+    rounding = vars(args).keys() - {"target", "out", "hf", "device"}
     given = [name for name in rounding if getattr(args, name) != defaults(name)]
     if args.hf and given:
         error(f"--{min(given).replace('_', '-')} goes with --out: --hf writes the model as it was trained")
@@ -808,6 +810,7 @@ def main(argv=None):
             print(f"{args.hf}: a plain LLaMA, for AutoModelForCausalLM and AutoTokenizer.from_pretrained")
             return
         windows = calibration_windows(options, tokenizer_of(data), args.method, args.steps, args.calib)
+        model = model.to(getattr(torch, args.dtype)) if args.dtype else model
         began = time.perf_counter()
         model = quantize(model, args.bits, args.method, windows, clip=not args.no_clip, w_group=args.w_group,
                          symmetric=args.symmetric, center_embed=args.center_embed, seed=args.seed, steps=args.steps,

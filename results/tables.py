@@ -1,9 +1,9 @@
-"""The README's tables and two of its figures, made again from the logs in this folder: python results/tables.py
+"""The README's tables and three of its figures, made again from the logs in this folder: python results/tables.py
 
     first_minute/*.txt            what the first commands printed
     learning_rates/*.jsonl        one line a run of the sweeps: its command, hardware and final measurement
     pair_toy/                     eval.py's output and the logs of the pair at its best rates
-    four_bits/*.txt               the loss that quantization adds, as eval.py --bits printed it
+    four_bits/*.json              the loss that quantization adds: the command, and what eval.py --json printed
     ablation_*/                   eval.json and (every tenth step of) log.jsonl of `python train.py --ablation`
 
 A table stands in the README between <!-- table NAME --> and <!-- end -->. A test compares it with what this file makes.
@@ -57,12 +57,19 @@ def learning_rates(name: str) -> str:
     return markdown(["", "peak learning rate", "runs", "validation loss", "excess kurtosis"], rows)
 
 
+def quantized(name: str) -> list[dict]:
+    return json.loads((HERE / f"four_bits/{name}.json").read_text())["rows"]
+
+
 def four_bits(name: str) -> str:
-    rows = []
-    for line in (HERE / f"four_bits/{name}.txt").read_text().splitlines()[2:]:
-        target, method, exact, added = line.split()
-        rows.append([LABELS[target.split("-")[-1]], method, exact, added, f"{float(exact) + float(added):.4f}"])
-    return markdown(["", "method", "exact loss", "added at 4-4-4", "together"], rows)
+    rows, methods = [], None
+    for r in quantized(name):
+        for bits, results in r["quantized"].items():
+            methods = list(results)
+            added = [f"{results[method]['added']:+.4f}" for method in methods]
+            rows.append([bits, r["label"], f"{r['val_loss']:.4f}", *added])
+    order = list(dict.fromkeys(row[0] for row in rows))
+    return markdown(["bits", "", "exact loss", *methods], sorted(rows, key=lambda row: order.index(row[0])))
 
 
 def pair_toy() -> str:
@@ -89,6 +96,7 @@ TABLES = {
     "ablation_toy": lambda: ablation("toy"),
     "ablation_tiny": lambda: ablation("tiny"),
     "four_bits_tiny": lambda: four_bits("tiny"),
+    "four_bits_toy": lambda: four_bits("toy"),
     **{name: lambda name=name: learning_rates(name) for name in ("tiny-800", "toy-1000", "toy-1200")},
 }
 
@@ -115,6 +123,8 @@ def figures():
         log = (folder / f"{row}-s0.log.jsonl").read_text().splitlines()
         series.append((label, [json.loads(line) for line in log]))
     yield plot.save(plot.draw_curves(series, floor), assets / "curves_toy.png")
+    sweep_of_bits = [(r["label"], r["quantized"]) for r in quantized("toy_sweep")]
+    yield plot.save(plot.draw_bits(sweep_of_bits), assets / "bits_toy.png")
 
 
 if __name__ == "__main__":

@@ -585,8 +585,11 @@ def test_the_command_line_writes_what_quantize_gives(run_dir, dataset_dir, tmp_p
         Q.main([str(run_dir), "--method", method, "--steps", "3", "--out", str(tmp_path / "q.pt")])
         assert f"{method} 4-4-4" in capsys.readouterr().out
     (tmp_path / "text.txt").write_text((dataset_dir.parent / "words.txt").read_text()[:2000])
-    Q.main([str(run_dir), "--calib", str(tmp_path / "text.txt"), "--no-clip", "--w-group", "16", "--out",
-            str(tmp_path / "q.pt")])
+    fp32 = (tmp_path / "q.pt").stat().st_size
+    Q.main([str(run_dir), "--calib", str(tmp_path / "text.txt"), "--no-clip", "--w-group", "16", "--dtype", "bfloat16",
+            "--out", str(tmp_path / "q.pt")])
+    assert Q.load_quantized(tmp_path / "q.pt").embed.weight.dtype == torch.bfloat16
+    assert (tmp_path / "q.pt").stat().st_size < fp32
     assert list(tmp_path.glob("*.tmp")) == [] and Q.load_quantized(tmp_path / "q.pt").quantization["method"] == "gptq"
 
 
