@@ -58,7 +58,7 @@ TRAINING = {
 OSP = {"optimizer": "muon", "norm": "ss", "embproj": True}  # what --osp stands for
 YES_NO = argparse.BooleanOptionalAction
 # Options of a launch, which the run does not remember:
-LAUNCH = {"json", "resume", "dry_run", "osp", "out", "ablation", "full", "seeds"}
+LAUNCH = {"json", "resume", "dry_run", "osp", "out", "ablation", "full", "seeds", "bench"}
 # Options that may change on --resume:
 MAY_CHANGE = {"steps", "cooldown", "micro_batch_size", "eval_every", "save_every", "data", "device", "compile"}
 LAST_GOOD = "the run's checkpoint is the last good state. Try a lower --lr"
@@ -114,6 +114,8 @@ def build_parser() -> Parser:
     add("--full", action="store_true", help="with --ablation: all 12 combinations, also those the paper lacks")
     add("--seeds", type=int, help="with --ablation: as many runs of each row, --seed and the next ones (default: 1)")
     add("--dry-run", action="store_true", help="say what would be trained (parameters, memory, tokens) and stop")
+    add("--bench", action="store_true",
+        help="only measure: --steps steps (default: 10) on random tokens (--data random), nothing evaluated or saved")
     add("--json", action="store_true", help="the summary as one JSON line on stdout, everything else on stderr")
     return p
 
@@ -153,6 +155,8 @@ def fill_in(opt):
     """Defaults: the preset's, then those that follow from other options."""
     opt.preset = opt.preset or default_preset(opt.device)
     preset = TRAINING[opt.preset]
+    if opt.bench:
+        opt.data, opt.steps = opt.data or "random", opt.steps or 10
     opt.optimizer, opt.norm, opt.embproj = opt.optimizer or "adam", opt.norm or "rms", bool(opt.embproj)
     on_cuda = opt.device == "cuda"
     defaults = dict(preset, lr=preset["adam_lr" if opt.optimizer == "adam" else "muon_lr"], weight_decay=0.01,
@@ -192,6 +196,10 @@ def check(opt, error):
     if opt.batch_size // world % micro_batch(opt, world):
         error(f"--batch-size {opt.batch_size} over {world} rank(s) is {opt.batch_size // world} sequences each, "
               f"not divisible by --micro-batch-size {micro_batch(opt, world)}")
+    if opt.bench and opt.resume:
+        error("--bench measures a fresh model; leave out --resume")
+    if opt.data == "random" and not opt.bench:
+        error("--data random teaches nothing: it is for --bench")
     if opt.data is None and not opt.dry_run:
         error(f"--preset {opt.preset} is for real text: name a dataset with --data (see data/prepare.py --help)")
 
@@ -388,6 +396,21 @@ class StopSignal:
 # Training
 
 
+def build(opt, vocab_size: int, ranks):
+    """(model, its optimizers, what to call instead of the model while training)."""
+    torch.manual_seed(opt.seed)
+    model = Transformer(model_config(opt, vocab_size)).to(ranks.device)
+    optimizers = make_optimizers(model, opt.optimizer, opt.lr, opt.embed_lr, opt.weight_decay)
+    if opt.compile:
+        torch.compiler.reset()  # of a run before this one in the same process, there is nothing to reuse
+        for block in model.blocks:  # all blocks share one compiled program: the start takes seconds, whatever n_layer
+            block.compile()
+        model.output = torch.compile(model.output)
+    if ranks.world == 1:
+        return model, optimizers, model
+    return model, optimizers, DistributedDataParallel(model, gradient_as_bucket_view=True)  # no second copy of them
+
+
 def accumulate_gradients(forward, batch, micro: int, autocast, world: int):
     """Forward and backward over `batch` [rows, T + 1], `micro` rows at a time. Returns the mean loss."""
     total, parts = 0.0, batch.split(micro)
@@ -427,9 +450,7 @@ def train(opt, state, ranks, say) -> dict:
     Raises ValueError and OSError for bad files, ArithmeticError for a loss that is not finite.
     """
     data, val = open_datasets(opt, ranks)
-    torch.manual_seed(opt.seed)
-    model = Transformer(model_config(opt, data.meta["vocab_size"])).to(ranks.device)
-    optimizers = make_optimizers(model, opt.optimizer, opt.lr, opt.embed_lr, opt.weight_decay)
+    model, optimizers, forward = build(opt, data.meta["vocab_size"], ranks)
     start = state["step"] if state else 0
     if state:
         load_state(state, model, optimizers, data)
@@ -438,11 +459,6 @@ def train(opt, state, ranks, say) -> dict:
     say(optimizer_table(optimizers))
     say(f"{opt.batch_size} x {opt.seq_len} tokens a step, {epochs:.2g} epochs, run directory {run.path}")
 
-    if opt.compile:
-        torch.compiler.reset()  # of a run before this one in the same process, there is nothing to reuse
-        for block in model.blocks:  # all blocks share one compiled program: the start takes seconds, whatever n_layer
-            block.compile()
-    forward = DistributedDataParallel(model) if ranks.world > 1 else model  # `model` itself is evaluated and saved
     autocast = precision(opt.device, opt.dtype)
 
     def evaluated(model):
@@ -555,12 +571,18 @@ def main(argv=None):
             return dry_run(opt) if first() else None
         say(f"preset {opt.preset} on {opt.device} in {opt.dtype}: optimizer {opt.optimizer}, norm {opt.norm}, "
             f"embproj {'on' if opt.embproj else 'off'}, {opt.steps} steps (--preset, --steps, ... change that)")
-        summary = train(opt, state, Ranks.start(opt.device), say)
+        ranks = Ranks.start(opt.device)
+        if opt.bench:
+            import bench  # not at the top: it builds on this file
+
+            summary, show = bench.bench(opt, ranks), bench.report
+        else:
+            summary, show = train(opt, state, ranks, say), lambda s: summarize(opt, s)
         if dist.is_initialized():
             dist.barrier()  # leave together: a rank that is gone early can break the others' goodbye
         summary["wall_s"] = time.perf_counter() - began
         if first():
-            print(json.dumps(summary) if opt.json else summarize(opt, summary))
+            print(json.dumps(summary) if opt.json else show(summary))
     except (ValueError, OSError, ArithmeticError) as error:
         sys.exit(f"error: {error}" if first() else f"error on rank {os.environ['RANK']}: {error}")
     except (RuntimeError, MemoryError) as error:

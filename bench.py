@@ -1,0 +1,126 @@
+"""How fast a training step is, and how near to what the GPU can do: python train.py --osp --preset 1.4b --bench
+
+The step is train.py's own `optimizer_step`, on random tokens; nothing is evaluated, nothing saved. --steps says how
+many steps are counted; medians are reported. A few go before them uncounted, since the first compiles.
+
+MFU, model FLOP/s utilisation, is the part of the GPU's arithmetic that went into what the model by definition needs: 6
+FLOP a token for every weight of a matrix (2 forwards, 4 backwards), and the causal half of attention. What the
+optimizer computes counts as loss, and so does all moving of data. There are two peaks to compare with: the vendor's,
+which no program reaches, and that of one large matrix product just before, which tells this card on this day.
+"""
+
+import statistics
+import time
+
+import torch
+from tqdm import tqdm
+
+from eval import peak_memory_gib, precision
+from model import PRESETS
+from train import build, open_datasets, optimizer_step
+
+UNCOUNTED = 3  # steps: the first compiles, in the second the memory pools settle
+DATASHEET = {  # dense bfloat16 FLOP/s, by words in the name that torch gives the GPU
+    "A100": 312e12,
+    "H100 80GB HBM3": 989e12,
+    "H100 PCIe": 756e12,
+    "H200": 989e12,
+}
+
+
+class RandomTokens:
+    """Has what training needs of a Dataset, and no text."""
+
+    def __init__(self, vocab_size: int, seq_len: int):
+        self.meta, self.seq_len = {"vocab_size": vocab_size}, seq_len
+
+    def batch(self, step: int, batch_size: int, rank: int = 0, world: int = 1):
+        generator = torch.Generator().manual_seed(step * world + rank)
+        shape = (batch_size // world, self.seq_len + 1)
+        return torch.randint(self.meta["vocab_size"], shape, generator=generator).numpy()
+
+
+def flops_per_token(model, seq_len: int) -> int:
+    """What training on one token needs by definition. Attention: a token sees T / 2 keys on average, and each costs 2 d
+    FLOP for its score and 2 d for its value, in every head and layer; backwards it is twice that again."""
+    config = model.config
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    if not config.tie_embeddings:
+        matrices -= model.embed.weight.numel()  # looked up, not multiplied
+    attention = config.n_layer * config.n_head * (seq_len // 2) * 4 * config.head_dim
+    return 6 * matrices + 3 * attention
+
+
+def mark(device: str):
+    """This moment by the clock of the device: a GPU works off its queue long after Python has filled it."""
+    if not device.startswith("cuda"):
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def median_ms(starts, ends) -> float:
+    """Of the times between two lists of marks, in milliseconds."""
+    if isinstance(starts[0], float):
+        return statistics.median(1e3 * (end - start) for start, end in zip(starts, ends))
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in zip(starts, ends))
+
+
+def matmul_flops(device: str, n: int = 8192) -> float:
+    """FLOP/s of a bfloat16 product of random n x n matrices. (Zeros draw less power: they would be faster.)"""
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    marks = [mark(device)]
+    for _ in range(40):
+        a @ b
+        marks.append(mark(device))
+    return 2 * n**3 / median_ms(marks[10:], marks[11:]) * 1e3
+
+
+def bench(opt, ranks) -> dict:
+    """Time opt.steps training steps. Returns what report() prints; a GPU's peaks only if they are known."""
+    began, on_gpu = time.perf_counter(), ranks.device.startswith("cuda")
+    result = {"gpu": torch.cuda.get_device_name() if on_gpu else None, "ranks": ranks.world}
+    peaks = {"mfu_datasheet": flops for words, flops in DATASHEET.items() if words in (result["gpu"] or "")}
+    if on_gpu:
+        peaks["mfu_matmul"] = matmul_flops(ranks.device)
+        result["matmul_tflops"] = peaks["mfu_matmul"] / 1e12
+    data = open_datasets(opt, ranks)[0] if opt.data != "random" else RandomTokens(
+        opt.vocab_size or PRESETS[opt.preset].get("vocab_size", 256), opt.seq_len)
+    model, optimizers, forward = build(opt, data.meta["vocab_size"], ranks)
+
+    steps, before, after = [], [], []  # marks
+    optimizers[0].register_step_pre_hook(lambda *_: before.append(mark(ranks.device)))
+    optimizers[-1].register_step_post_hook(lambda *_: after.append(mark(ranks.device)))
+    bar = tqdm(range(UNCOUNTED + opt.steps), "bench", leave=False, disable=True if ranks.rank else None)
+    for i in bar:
+        steps.append(mark(ranks.device))
+        batch = torch.from_numpy(data.batch(i, opt.batch_size, ranks.rank, ranks.world)).to(ranks.device)
+        optimizer_step(1, opt, batch, model, forward, precision(opt.device, opt.dtype), optimizers, ranks, 0)
+        if i == 0:
+            result["first_step_s"] = time.perf_counter() - began
+    steps.append(mark(ranks.device))
+
+    ms = median_ms(steps[UNCOUNTED:-1], steps[UNCOUNTED + 1 :])
+    optimizer_ms = median_ms(before[UNCOUNTED:], after[UNCOUNTED:])
+    tokens = opt.batch_size * opt.seq_len
+    flops = flops_per_token(model, opt.seq_len) * tokens / ranks.world / ms * 1e3  # FLOP/s of each GPU
+    return dict(result, tokens_per_step=tokens, step_ms=ms, forward_backward_ms=ms - optimizer_ms,
+                optimizer_ms=optimizer_ms, tokens_per_s=tokens / ms * 1e3, model_tflops=flops / 1e12,
+                peak_memory_gib=peak_memory_gib(ranks.device), **{name: flops / peak for name, peak in peaks.items()})
+
+
+def report(r: dict) -> str:
+    share = r["optimizer_ms"] / r["step_ms"]
+    lines = f"""
+speed              {r['tokens_per_s']:,.0f} tokens/s, {r['ranks']} process(es), {r['tokens_per_step']:,} tokens a step
+step               {r['step_ms']:,.1f} ms: forward and backward {r['forward_backward_ms']:,.1f}, optimizer {r['optimizer_ms']:,.1f} ({share:.1%})
+first step         {r['first_step_s']:.0f} s after the start, compilation included
+peak memory        {r['peak_memory_gib']:.2f} GiB
+model arithmetic   {r['model_tflops']:.1f} TFLOP/s a process"""
+    if "mfu_matmul" in r:
+        lines += f"\nMFU                {r['mfu_matmul']:.1%} of the {r['matmul_tflops']:.0f} TFLOP/s that a matrix product reached here"
+    if "mfu_datasheet" in r:
+        lines += f"\n                   {r['mfu_datasheet']:.1%} of what the datasheet says of a {r['gpu']}"
+    return lines
