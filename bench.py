@@ -19,7 +19,7 @@ from eval import peak_memory_gib, precision
 from model import PRESETS
 from train import build, open_datasets, optimizer_step
 
-UNCOUNTED = 3  # steps: the first compiles, in the second the memory pools settle
+UNCOUNTED = 2  # steps: the first compiles, in the second the memory pools settle
 DATASHEET = {  # dense bfloat16 FLOP/s, by words in the name that torch gives the GPU
     "A100": 312e12,
     "H100 80GB HBM3": 989e12,
@@ -69,13 +69,17 @@ def median_ms(starts, ends) -> float:
 
 
 def matmul_flops(device: str, n: int = 8192) -> float:
-    """FLOP/s of a bfloat16 product of random n x n matrices. (Zeros draw less power: they would be faster.)"""
+    """FLOP/s of a bfloat16 product of random n x n matrices, kept up for two seconds as training is kept up: a cool card
+    is faster in the first tenths, until its power limit shows. (Zeros draw less power and would be faster too.)"""
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    marks = [mark(device)]
-    for _ in range(40):
-        a @ b
-        marks.append(mark(device))
-    return 2 * n**3 / median_ms(marks[10:], marks[11:]) * 1e3
+    marks, began = [], time.perf_counter()
+    while time.perf_counter() - began < 2:
+        for _ in range(10):
+            a @ b
+            marks.append(mark(device))
+        marks[-1].synchronize()  # Python is far ahead
+    half = len(marks) // 2
+    return 2 * n**3 / median_ms(marks[half:-1], marks[half + 1 :]) * 1e3
 
 
 def bench(opt, ranks) -> dict:
