@@ -24,8 +24,10 @@ LACKING = [("adam", "ss", False), ("adam", "rms", True), ("adam", "ss", True),
 def ablation(opt, error, say):
     """Train every row that is not finished, one after the other in this process (under torchrun: these); then measure,
     tabulate and draw. `opt` are train.py's options, as given; `error` and `say` are its functions too."""
-    if opt.resume or opt.bench or opt.osp or opt.optimizer or opt.norm or opt.embproj is not None or opt.dry_run:
+    if opt.resume or opt.osp or opt.optimizer or opt.norm or opt.embproj is not None or opt.dry_run:
         error("--ablation chooses the parts of OSP itself, and goes on by itself if it is started again")
+    if opt.bench:
+        error("--bench measures one model; leave out --ablation")
     if opt.seeds is not None and opt.seeds < 1:
         error(f"--seeds {opt.seeds} is out of range")
     opt.device = pick_device(opt.device, error)

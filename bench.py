@@ -69,8 +69,8 @@ def median_ms(starts, ends) -> float:
 
 
 def matmul_flops(device: str, n: int = 8192) -> float:
-    """FLOP/s of a bfloat16 product of random n x n matrices, kept up for two seconds as training is kept up: a cool card
-    is faster in the first tenths, until its power limit shows. (Zeros draw less power and would be faster too.)"""
+    """FLOP/s of a bfloat16 product of random n x n matrices, kept up for two seconds: a card that was idle is faster
+    for some tenths, until its power limit shows, as it does in training. (Zeros draw less power: they are faster.)"""
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     marks, began = [], time.perf_counter()
     while time.perf_counter() - began < 2:
@@ -86,10 +86,13 @@ def bench(opt, ranks) -> dict:
     """Time opt.steps training steps. Returns what report() prints; a GPU's peaks only if they are known."""
     began, on_gpu = time.perf_counter(), ranks.device.startswith("cuda")
     result = {"gpu": torch.cuda.get_device_name() if on_gpu else None, "ranks": ranks.world}
-    peaks = {"mfu_datasheet": flops for words, flops in DATASHEET.items() if words in (result["gpu"] or "")}
+    peaks = {}
     if on_gpu:
         peaks["mfu_matmul"] = matmul_flops(ranks.device)
         result["matmul_tflops"] = peaks["mfu_matmul"] / 1e12
+        for words, flops in DATASHEET.items():
+            if words in result["gpu"]:
+                peaks["mfu_datasheet"] = flops
     data = open_datasets(opt, ranks)[0] if opt.data != "random" else RandomTokens(
         opt.vocab_size or PRESETS[opt.preset].get("vocab_size", 256), opt.seq_len)
     model, optimizers, forward = build(opt, data.meta["vocab_size"], ranks)
@@ -116,15 +119,15 @@ def bench(opt, ranks) -> dict:
 
 
 def report(r: dict) -> str:
-    share = r["optimizer_ms"] / r["step_ms"]
     lines = f"""
-speed              {r['tokens_per_s']:,.0f} tokens/s, {r['ranks']} process(es), {r['tokens_per_step']:,} tokens a step
-step               {r['step_ms']:,.1f} ms: forward and backward {r['forward_backward_ms']:,.1f}, optimizer {r['optimizer_ms']:,.1f} ({share:.1%})
-first step         {r['first_step_s']:.0f} s after the start, compilation included
-peak memory        {r['peak_memory_gib']:.2f} GiB
-model arithmetic   {r['model_tflops']:.1f} TFLOP/s a process"""
+speed              {r["tokens_per_s"]:,.0f} tokens/s, {r["tokens_per_step"]:,} tokens a step, {r["ranks"]} process(es)
+step               {r["step_ms"]:,.1f} ms: forward and backward {r["forward_backward_ms"]:,.1f}, """
+    lines += f"""optimizer {r["optimizer_ms"]:,.1f} ({r["optimizer_ms"] / r["step_ms"]:.1%})
+first step         {r["first_step_s"]:.0f} s after the start, compilation included
+peak memory        {r["peak_memory_gib"]:.2f} GiB
+model arithmetic   {r["model_tflops"]:.1f} TFLOP/s for each process"""
     if "mfu_matmul" in r:
-        lines += f"\nMFU                {r['mfu_matmul']:.1%} of the {r['matmul_tflops']:.0f} TFLOP/s that a matrix product reached here"
+        lines += f"\nMFU                {r['mfu_matmul']:.1%} of the {r['matmul_tflops']:.0f} TFLOP/s of matrix products"
     if "mfu_datasheet" in r:
-        lines += f"\n                   {r['mfu_datasheet']:.1%} of what the datasheet says of a {r['gpu']}"
+        lines += f"\n                   {r['mfu_datasheet']:.1%} of the datasheet's for {r['gpu']}"
     return lines

@@ -34,8 +34,8 @@ def newton_schulz(G, steps: int = 5):
 
     One step is X <- Q X with Q = a I + b A + c A^2 and A = X X^T, which takes A to Q A Q. So several steps can be done
     on the small A alone, collecting P = ... Q2 Q1, and meet the wide X only at the end: a fifth fewer FLOP for an FFN
-    matrix, from n = 1.5 m on any at all. But rounding gives A slightly negative eigenvalues, which an X X^T cannot have
-    and which every step multiplies by 12: so after three steps A is made anew.
+    matrix (n = 2.7 m), and none saved below n = 1.5 m. But rounding gives A slightly negative eigenvalues, which no
+    X X^T has and every step multiplies by 12: after three steps, A is made anew.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     X = (G.bfloat16() if G.is_cuda else G).reshape(-1, *G.shape[-2:])  # [k, m, n]
@@ -45,11 +45,11 @@ def newton_schulz(G, steps: int = 5):
     at_once = 3 if X.shape[-1] > 1.5 * X.shape[-2] else 1
     for first in range(0, steps, at_once):
         last = min(first + at_once, steps) - 1
-        A = X @ X.mT
+        A, P = X @ X.mT, None
         for step in range(first, last + 1):
             Q = torch.baddbmm(A, A, A, beta=b, alpha=c)
             Q.diagonal(dim1=-2, dim2=-1).add_(a)
-            P = Q if step == first else Q @ P
+            P = Q if P is None else Q @ P
             if step < last:
                 A = Q @ A @ Q
         X = P @ X
@@ -59,8 +59,8 @@ def newton_schulz(G, steps: int = 5):
 def muon_update(grads, momenta, beta: float = 0.95, orthogonalize=newton_schulz):
     """One Muon step for k tensors of one shape: matrices, vectors or scalars, given as lists or stacks.
 
-    Returns (update [k, ...], new momenta), the update per unit of learning rate. Changes no argument. Mind that the step
-    has a fixed length: a gain vector moves by 0.2 lr sqrt(n) whatever its gradient, a single gain by 0.2 lr.
+    Returns (update [k, ...], new momenta), the update per unit of learning rate. Changes no argument. Mind that the
+    step has a fixed length: a gain vector moves by 0.2 lr sqrt(n) whatever its gradient, a single gain by 0.2 lr.
     """
     shape = grads[0].shape
     # heavy ball: no (1 - beta) in front of the gradient, its size cancels below
@@ -96,7 +96,8 @@ def orthogonalize_across_ranks(stack):
 
 def stacks(params, world: int):
     """Lists of parameters of equal shape, to be orthogonalized together: few large products instead of many small ones.
-    A list has at most 2^27 numbers for each rank, 11 FFN matrices of the 1.4B model; more would be no faster."""
+    A list has at most 2^27 numbers for each rank, 11 FFN matrices of the 1.4B model: more takes memory, not less time.
+    """
     by_shape = {}
     for p in params:
         by_shape.setdefault(p.shape, []).append(p)

@@ -67,6 +67,11 @@ def test_impossible_numbers(fails, small_run):
     fails(["--preset", "small"], 2, "--preset small is for real text", "--data")
 
 
+def test_random_tokens_are_only_for_measuring(fails, small_run):
+    fails([*small_run[:-1], "random"], 2, "--data random", "--bench")
+    fails([*small_run, "--bench", "--resume", "runs/x"], 2, "--bench", "leave out --resume")
+
+
 def test_a_batch_that_ranks_cannot_divide(fails, small_run, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     fails([*small_run, "--batch-size", "8"], 2, "8", "3 ranks")
