@@ -127,7 +127,7 @@ first step         {r["first_step_s"]:.0f} s after the start, compilation includ
 peak memory        {r["peak_memory_gib"]:.2f} GiB
 model arithmetic   {r["model_tflops"]:.1f} TFLOP/s for each process"""
     if "mfu_matmul" in r:
-        lines += f"\nMFU                {r['mfu_matmul']:.1%} of the {r['matmul_tflops']:.0f} TFLOP/s of matrix products"
+        lines += f"\nMFU                {r['mfu_matmul']:.1%} of the {r['matmul_tflops']:.0f} TFLOP/s of a product"
     if "mfu_datasheet" in r:
         lines += f"\n                   {r['mfu_datasheet']:.1%} of the datasheet's for {r['gpu']}"
     return lines
