@@ -15,7 +15,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from eval import peak_memory_gib, precision
+from cli import peak_memory_gib, precision
 from model import PRESETS
 from train import build, open_datasets, optimizer_step
 
