@@ -24,7 +24,7 @@ def test_a_changed_digit_would_be_noticed():
 def test_every_option_and_file_the_readme_names_exists():
     parsers = (train, evaluation, quantize, prepare, corpus, benchmarks)
     options = {name for script in parsers for name in script.build_parser()._option_string_actions}
-    options |= {"--nproc-per-node", "--local-dir"}  # of torchrun and of hf
+    options |= {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--local-dir"}  # of torchrun, of hf
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", re.sub(r"<!--.*?-->", "", README))) <= options
     for name in re.findall(r"\]\(([^)#:]+)\)|`(results/[^`]+?)`", README):
         assert (ROOT / (name[0] or name[1])).exists(), name
