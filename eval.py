@@ -34,10 +34,20 @@ from tqdm import tqdm
 
 from benchmarks import describe_tasks, read_tasks, score_tasks, tasks_table
 from cli import Parser, peak_memory_gib, pick_device, precision
-from data.tokens import Dataset, find_dataset, tokenizer_of
+from data.tokens import Dataset, find_dataset, spread, tokenizer_of
 from huggingface import is_llama, load_llama
 from model import Transformer, check_checkpoint, model_from_checkpoint, read_archive
-from quantize import METHODS, calibration_windows, parse_bits, quantize, quantized_model
+from quantize import (
+    METHODS,
+    SWITCHES,
+    add_switches,
+    calibration_windows,
+    includes,
+    parse_bits,
+    quantize,
+    quantized_model,
+    switches,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics of vectors
@@ -176,7 +186,7 @@ class TextBlocks:
         return self.blocks[index]
 
     def evaluation_windows(self, n: int):
-        return Dataset.evaluation_windows(self, n)
+        return spread(n, self.n_windows)
 
 
 @torch.no_grad()
@@ -381,7 +391,7 @@ class Target:
     def dataset(self) -> Dataset:
         """The validation split of the data it was trained on. Raises ValueError for a model from elsewhere."""
         if "data" not in self.options:
-            raise ValueError(f"{self.path} was trained elsewhere and brings no text: name one with --text FILE")
+            raise ValueError(f"{self.path} is a Hugging Face model, which brings no text: name one with --text FILE")
         return Dataset(find_dataset(self.options["data"]), "val", self.seq_len)
 
 
@@ -448,11 +458,11 @@ def describe(target: Target, r: dict) -> str:
         f"{target.name} ({target.label()})",
         f"  loss             {r['val_loss']:.4f} nats per token, perplexity {r['perplexity']:.3f}{bits}",
         f"  excess kurtosis  {r['kurtosis']:.3f} (Gaussian {r['kurtosis_floor']:.3f}), mean over the residual stream",
-        f"  largest |x|      {top['value']:.1f}, {top['ratio']:.0f} times the median of its sequence: {where}, "
+        f"  stands out most  |x| = {top['value']:.1f}, {top['ratio']:.0f} times the median of its sequence: {where}, "
         f"channel {top['channel']}, position {top['position']}, token {token!r}",
         f"  attention sinks  {n_sinks(sinks)} heads give the first token over 30 % (even attention gives {even:.1%});",
-        f"                   most, {share:.1%}, block {layer + 1} head {head}, with a mean logit of {inside:.2f} on it "
-        f"and {outside:.2f} on others",
+        f"                   most, {share:.1%}, block {layer + 1} head {head + 1}, with a mean logit of {inside:.2f} "
+        f"on it and {outside:.2f} on others",
         f"  measured         {r['tokens']:,} tokens at {r['tokens_per_s']:,.0f} tokens/s, "
         f"peak memory {r['peak_memory_gib']:.2f} GiB",
     ]
@@ -477,10 +487,10 @@ def describe(target: Target, r: dict) -> str:
 
 
 def comparison(rows: list[dict]) -> str:
-    """One line a target."""
+    """One line a target. |x| is the activation that stands out most from the median of its sequence."""
     head = f"{'target':<32}{'loss':>8}{'ppl':>9}{'bits/byte':>10}{'kurtosis':>10}{'Gaussian':>9}"
     published = "kurtosis_as_published" in rows[0]
-    lines = [head + f"{'as publ.':>9}{'Gaussian':>9}" * published + f"{'max |x|':>9}{'/ median':>9}{'sinks':>6}"]
+    lines = [head + f"{'as publ.':>9}{'Gaussian':>9}" * published + f"{'|x|':>9}{'/ median':>9}{'sinks':>6}"]
     for r in rows:
         top = r["largest"][strongest_state(r["largest"])]
         bits = f"{r['bits_per_byte']:.4f}" if r["bits_per_byte"] else "-"
@@ -508,14 +518,15 @@ def measure_target(target: Target, dataset, batch_size: int, autocast, as_publis
     return dict(target=target.name, label=target.label(), **result, sinks=sinks)
 
 
-def measure_quantized(target, dataset, batch_size: int, autocast, exact, bits, methods, calib=None, tasks=()) -> dict:
+def measure_quantized(target, dataset, batch_size: int, autocast, exact, bits, methods, args=None, tasks=()) -> dict:
     """Per bit setting and method: the quantized model's loss on `dataset`, and how much that adds to the `exact` loss,
-    unless the dataset is None; and its scores on `tasks`, if there are any."""
+    unless the dataset is None; and its scores on `tasks`, if there are any. `args`: --calib and quantize.py's switches.
+    """
     results = {each: {} for each in bits}
     for method in tqdm(methods, f"quantize {target.name}", leave=False, disable=None):
-        windows = calibration_windows(target.options, target.encoding, method, file=calib)
+        windows = calibration_windows(target.options, target.encoding, method, file=args and args.calib)
         for each in bits:
-            model = quantize(target.model, each, method, windows)
+            model = quantize(target.model, each, method, windows, **switches(args, method) if args else {})
             result = results[each][method] = {}
             if dataset is not None:
                 numbers = np.arange(dataset.n_windows)
@@ -606,15 +617,16 @@ def build_parser() -> Parser:
         "values: each 2 to 8 or 16, as 4-4-4 or 16-16-16,4-8-16,4-8-8,4-4-16,4-4-4")
     add("--sweep", action="store_true", help="for --bits: weights of 8 to 3 bits, then activations of 8 to 4, the rest "
         "left alone (the paper's Figure 4; --plot draws it)")
-    add("--methods", default="rtn,had", help=f"with --bits: some of {','.join(METHODS)} (default: rtn,had)")
+    add("--methods", help=f"with --bits: some of {','.join(METHODS)} (default: rtn,had)")
     add("--calib", type=Path, metavar="FILE", help="with --bits: text to calibrate on (default: the training split)")
+    add_switches(add)
     add("--int4", action="store_true", help="compute with the packed weights of a four-bit file (CUDA; not bit-equal)")
     add = p.add_argument_group("writing").add_argument
     add("--prompt", help="let the model continue this text instead of measuring it")
     add("--tokens", type=int, default=400, help="how many tokens to write (default: 400)")
     add("--temperature", type=float, default=0.8, help="0 is greedy, 1 samples as trained (default: 0.8)")
     add("--top-k", type=int, help="draw from the k likeliest tokens only")
-    add("--seed", type=int, default=0, help="of the drawing")
+    add("--seed", type=int, default=0, help="another seed draws another text")
     add = p.add_argument_group("the machine").add_argument
     add("--device", choices=["cuda", "mps", "cpu"], help="default: the first of these that is there")
     add("--dtype", choices=["float32", "bfloat16"], help="of matrix products (default: bfloat16 on CUDA)")
@@ -622,12 +634,34 @@ def build_parser() -> Parser:
     return p
 
 
+def check(args, error):
+    """Call error(message) for the first option that cannot be, or that would do nothing."""
+    measuring = ("text", "tasks", "as_published", "plot", "bits", "sweep")
+    if args.prompt is not None and (useless := [name for name in measuring if getattr(args, name)]):
+        error(f"--prompt writes instead of measuring: leave out --{useless[0].replace('_', '-')}")
+    if args.seq_len and not args.text:
+        error("--seq-len goes with --text; a run's own validation text is cut as in its training")
+    if args.tasks and not args.text and (args.plot or args.as_published):
+        error("--tasks measures no text: with --plot or --as-published, name one with --text")
+    for name in ("methods", "calib", *SWITCHES):
+        if getattr(args, name) and not (args.bits or args.sweep):
+            error(f"--{name.replace('_', '-')} is for quantizing: say how, with --bits 4-4-4")
+    least = dict(tokens=1, temperature=0, top_k=1, batch_size=1, seq_len=2, w_group=0)
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and not value >= low:
+            error(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
+    check_quantization(args, error)
+
+
 def check_quantization(args, error):
     """Cut --bits and --methods at their commas. One that cannot be goes to error(message)."""
     if args.sweep and args.bits:
         error("--sweep chooses the bits itself: leave out --bits")
     args.bits = args.bits.split(",") if args.bits else SWEEP * args.sweep
-    args.methods = args.methods.split(",")
+    args.methods = (args.methods or "rtn,had").split(",")
+    if args.center_embed and not any(includes(method, "quarot") for method in args.methods if method in METHODS):
+        error("--center-embed is for --methods quarot and spinquant")
     try:
         for bits in args.bits:
             parse_bits(bits)
@@ -641,18 +675,8 @@ def check_quantization(args, error):
 def main(argv=None):
     parser = build_parser()
     args = parser.parse(sys.argv[1:] if argv is None else argv)
-    if args.seq_len and not args.text:
-        parser.error("--seq-len goes with --text; a run's own validation text is cut as in its training")
-    if args.prompt is not None and (args.plot or args.text or args.as_published or args.tasks):
-        parser.error("--prompt writes instead of measuring: leave out --plot, --text, --tasks and --as-published")
-    if args.tasks and not args.text and (args.plot or args.as_published):
-        parser.error("--tasks measures no text: with --plot or --as-published, name one with --text")
+    check(args, parser.error)
     args.device = pick_device(args.device, parser.error)
-    for name, low in (("tokens", 1), ("temperature", 0), ("top_k", 1), ("batch_size", 1), ("seq_len", 2)):
-        value = getattr(args, name)
-        if value is not None and not value >= low:
-            parser.error(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
-    check_quantization(args, parser.error)
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     autocast = precision(args.device, args.dtype)
     try:
@@ -682,7 +706,7 @@ def main(argv=None):
             if args.bits:
                 exact = row.get("val_loss")
                 row["quantized"] = measure_quantized(
-                    target, dataset, batch_size, autocast, exact, args.bits, args.methods, args.calib, tasks)
+                    target, dataset, batch_size, autocast, exact, args.bits, args.methods, args, tasks)
             rows.append(row)
             if plot:
                 pictures.append(plot.Picture.of(target, rows[-1], dataset, autocast))

@@ -204,6 +204,7 @@ def draw_learning_rates(points: dict[str, list[tuple[float, float, float]]], flo
 def draw_bits(series: list[tuple[str, dict]]):
     """`series`: (label, the "quantized" of eval.py --sweep), one a target. Thick lines are the first method."""
     figure, axes = panels(2, 5.2, 3.6)
+    axes[1].sharey(axes[0])
     for axis, place, name in zip(axes, (0, 1), ("weights", "activations")):
         for label, quantized in series:
             color, line, marker = style(label)
@@ -217,7 +218,6 @@ def draw_bits(series: list[tuple[str, dict]]):
         axis.invert_xaxis()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation loss (nats per token)")
-    axes[0].sharey(axes[1])
     axes[1].legend(fontsize=8)
     return figure
 

@@ -11,15 +11,15 @@ on each other:
     quarot     + rotate the residual stream (R1) and the values (R2) by random Hadamards (Ashkboos et al. 2024)
     spinquant  + learn R1 and R2 (Liu et al. 2025)
 
-Nothing here is fast: values are rounded to what 4 bits can hold and computed with in full precision ("fake"
-quantization), which measures the damage exactly. Embedding, head and norms stay in 16 bits or more.
+Values are rounded to what 4 bits can hold and computed with in full precision ("fake" quantization): that measures the
+damage exactly and makes nothing faster (Int4Linear apart). Embedding, head and norms stay in 16 bits or more.
 
 Glossary: name here, symbol in the papers, meaning
     code, scale, zero  q, s, z  a value is s (q - z), with q an integer of b bits; weights have no z (symmetric)
     R1, R2             -        learned or random rotations, multiplied into the weights: they cost nothing at run time
     R3                 -        Hadamard on Q and K after RoPE, online; in every method as soon as KV < 16 bits
     R4                 M4       Hadamard on the FFN's hidden state, online; its inverse is multiplied into down_proj
-    H                  H        GPTQ's Hessian: X^T X of a linear's inputs X
+    H                  H        a Hadamard matrix at first; in GPTQ the Hessian, X^T X of a linear's inputs X
     D, d, F, L         -        n_embd, head_dim, n_ffn, n_layer
 
 Deviations from the official code (a fork of SpinQuant's): arithmetic is fp32 where theirs is bf16, rotations are
@@ -44,7 +44,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from cli import Parser, peak_memory_gib, pick_device
-from data.tokens import Dataset, find_dataset, tokenizer_of
+from data.tokens import Dataset, find_dataset, spread, tokenizer_of
 from huggingface import is_llama, last_evaluation, load_llama, save_llama
 from model import (
     Config,
@@ -56,7 +56,13 @@ from model import (
     save_checkpoint,
 )
 
-METHODS = ("rtn", "had", "gptq", "quarot", "spinquant")
+METHODS = ("rtn", "had", "gptq", "quarot", "spinquant")  # each does what those before it do, and one thing more
+
+
+def includes(method: str, step: str) -> bool:
+    """Does `method` do what `step` added?"""
+    return METHODS.index(method) >= METHODS.index(step)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Hadamard matrices: entries +-1 with H H^T = n I. Divided by sqrt(n) they are rotations that spread whatever is in one
@@ -178,8 +184,9 @@ def parse_bits(text: str) -> Bits:
 def weight_scale(W, bits: int, clip: bool = True, group: int = 0):
     """Scales [out, groups] for a weight [out, in]: one per row, or one per `group` columns of a row.
 
-    The widest value could be kept exactly with s = max|w| / m. Cutting it off makes all other steps finer: of 80
-    smaller scales we take the one with the least error, in the 2.4-norm, which minds large errors more than the square.
+    The widest value could be kept exactly with s = max|w| / m, where m is the largest code. Cutting it off makes all
+    other steps finer: of 80 smaller scales we take the one with the least error, in the 2.4-norm, which minds large
+    errors more than the square.
     """
     if group and W.shape[1] % group:
         raise ValueError(f"groups of {group} weights do not divide a row of {W.shape[1]}")
@@ -340,6 +347,121 @@ def random_rotations(config, seed: int = 0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# GPTQ: rounding moves a linear's output by (Q - W) x. For inputs x seen in calibration, whose statistics are in
+# H = X^T X, the error made in one column can partly be undone by changing the columns to the right of it.
+
+GPTQ_SAMPLES = 128  # sequences of calibration
+
+# In either half of a block, the input that several linears share, and those linears, which GPTQ treats as one: rows do
+# not depend on each other. Each group is calibrated with the groups before it rounded.
+GPTQ_GROUPS = {"attn": [("at_input", ["k_proj", "v_proj", "q_proj"]), ("at_output", ["o_proj"])],
+               "ffn": [("at_input", ["up_proj", "gate_proj"]), ("at_hidden", ["down_proj"])]}
+
+
+def inverse_factor(H):
+    """The upper triangular U with U^T U = H^-1. Its row j says how much a later column can make up for column j.
+
+    H gets 1 % of its mean diagonal added, and more if it still cannot be inverted: some inputs never vary on their own.
+    Raises ArithmeticError if not even 100 % help.
+    """
+    for damping in (0.01, 0.1, 1.0):
+        damped = H + damping * H.diagonal().mean() * torch.eye(len(H), device=H.device)
+        L, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
+        if not failed and U.isfinite().all():
+            return U
+    raise ArithmeticError("its Hessian has no Cholesky factor, not even damped: are the calibration inputs finite?")
+
+
+def gptq(W, H, scale, bits: int, block: int = 128):
+    """Codes [out, in] for a weight [out, in], so that their outputs for the inputs behind H [in, in] fit best.
+
+    Columns are rounded from left to right; the error of each, in units of U_jj, is spread over all columns after it.
+    Done at once within a block, and then for everything right of the block in one product: same result, less memory
+    traffic. `scale` is that of the weight as it was.
+    """
+    W, H, codes = W.float().clone(), H.clone(), torch.zeros_like(W, dtype=torch.float32)
+    dead = H.diagonal() == 0  # an input that was never on: its weights do nothing
+    H[dead, dead], W[:, dead] = 1, 0
+    U, s, m = inverse_factor(H), per_column(scale, W.shape[1]), 2 ** (bits - 1) - 1
+    for start in range(0, W.shape[1], block):
+        end = min(start + block, W.shape[1])
+        errors = torch.zeros(len(W), end - start, device=W.device)
+        for j in range(start, end):
+            codes[:, j] = (W[:, j] / s[:, j]).round().clamp(-m - 1, m)
+            errors[:, j - start] = (W[:, j] - s[:, j] * codes[:, j]) / U[j, j]
+            W[:, j:end] -= torch.outer(errors[:, j - start], U[j, j:end])
+        W[:, end:] -= errors @ U[start:end, end:]
+    return codes
+
+
+def inputs_hessian(point, forward, parts):
+    """H = X^T X in fp32 of what passes `point` when forward(part) is run for each of `parts`, [n, T, D] each.
+    (GPTQ's factor 2/N is left out: it cancels.)"""
+    H = torch.zeros((), device=parts[0].device)
+
+    def add(module, inputs, X):
+        nonlocal H
+        X = X.flatten(0, -2).float()  # [tokens, in]
+        H = H + X.mT @ X
+
+    handle = point.register_forward_hook(add)  # after the online Hadamard's hook, so it sees R4
+    for part in parts:
+        forward(part)
+    handle.remove()
+    return H
+
+
+def gptq_half(model, half, norm, tables, groups, parts, bits: int, clip: bool, group: int) -> dict:
+    """GPTQ for one half of a block, an Attention or FFN behind its norm. Adds to `parts`, the residual stream, what the
+    rounded half writes to it: the next half reads that. Returns the scales by name."""
+    scales = {}
+
+    def whole(x):
+        return half(norm(x), *tables)
+
+    def start(x):
+        return half.at_input(norm(x))  # all it takes for the first group
+
+    for point, names in groups:
+        H = inputs_hessian(getattr(half, point), start if point == "at_input" else whole, parts)
+        weights = [model.get_submodule(name).weight for name in names]
+        rows, W = [len(weight) for weight in weights], torch.cat(weights)
+        scale = weight_scale(W, bits, clip, group)
+        try:
+            rounded = per_column(scale, W.shape[1]) * gptq(W, H, scale, bits)
+        except ArithmeticError as error:
+            raise ArithmeticError(f"GPTQ of {', '.join(names)}: {error}") from error
+        for weight, new in zip(weights, rounded.split(rows)):
+            weight.copy_(new)
+        scales |= zip(names, scale.split(rows))
+    for part in parts:
+        part += whole(part)
+    return scales
+
+
+@torch.no_grad()
+def gptq_weights(model, tokens, bits: int, clip: bool, group: int) -> dict:
+    """GPTQ for all linears, layer by layer, on `tokens` [N, T]. Changes `model`; returns the scales by name.
+
+    Only the residual stream at one place is kept. Activations, keys and values are not rounded: attach_rounding comes
+    later. Raises ArithmeticError, with the linears' names, where H cannot be inverted.
+    """
+    config, scales = model.config, {}
+    cos, sin = rope_tables(tokens.shape[1], config.head_dim, config.rope_theta, tokens.device)
+    parts = model.embed(tokens).split(max(1, 4096 // tokens.shape[1]))  # of [N, T, D]
+    for i, block in enumerate(tqdm(model.blocks, "GPTQ", leave=False, disable=None)):
+        for name, half, norm, tables in (
+            ("attn", block.attn, block.attn_norm, (cos, sin)),
+            ("ffn", block.ffn, block.ffn_norm, ()),
+        ):
+            groups = [(point, [f"blocks.{i}.{name}.{x}" for x in linears]) for point, linears in GPTQ_GROUPS[name]]
+            scales |= gptq_half(model, half, norm, tables, groups, parts, bits, clip, group)
+    return scales
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # SpinQuant: which rotation is best? All of them leave the exact network as it is, but not the rounded one, so its loss
 # has a gradient in R1 and R2. Descend it without ever leaving the rotations.
 
@@ -418,108 +540,6 @@ def learn_rotations(model, weights: dict, R1, R2, bits: Bits, windows, steps=SPI
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# GPTQ: rounding moves a linear's output by (Q - W) x. For inputs x seen in calibration, whose statistics are in
-# H = X^T X, the error made in one column can partly be undone by changing the columns to the right of it.
-
-GPTQ_SAMPLES = 128  # sequences of calibration
-
-# In either half of a block, the input that several linears share, and those linears, which GPTQ treats as one: rows do
-# not depend on each other. Each group is calibrated with the groups before it rounded.
-GPTQ_GROUPS = {"attn": [("at_input", ["k_proj", "v_proj", "q_proj"]), ("at_output", ["o_proj"])],
-               "ffn": [("at_input", ["up_proj", "gate_proj"]), ("at_hidden", ["down_proj"])]}
-
-
-def inverse_factor(H):
-    """The upper triangular U with U^T U = H^-1. Its row j says how much a later column can make up for column j.
-
-    H gets 1 % of its mean diagonal added, and more if it still cannot be inverted: some inputs never vary on their own.
-    Raises ArithmeticError if not even 100 % help.
-    """
-    for damping in (0.01, 0.1, 1.0):
-        damped = H + damping * H.diagonal().mean() * torch.eye(len(H), device=H.device)
-        L, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
-        if not failed and U.isfinite().all():
-            return U
-    raise ArithmeticError("its Hessian has no Cholesky factor, not even damped: are the calibration inputs finite?")
-
-
-def gptq(W, H, scale, bits: int, block: int = 128):
-    """Codes [out, in] for a weight [out, in], so that their outputs for the inputs behind H [in, in] fit best.
-
-    Columns are rounded from left to right; the error of each, in units of U_jj, is spread over all columns after it.
-    Done at once within a block, and then for everything right of the block in one product: same result, less memory
-    traffic. `scale` is that of the weight as it was.
-    """
-    W, H, codes = W.float().clone(), H.clone(), torch.zeros_like(W, dtype=torch.float32)
-    dead = H.diagonal() == 0  # an input that was never on: its weights do nothing
-    H[dead, dead], W[:, dead] = 1, 0
-    U, s, m = inverse_factor(H), per_column(scale, W.shape[1]), 2 ** (bits - 1) - 1
-    for start in range(0, W.shape[1], block):
-        end = min(start + block, W.shape[1])
-        errors = torch.zeros(len(W), end - start, device=W.device)
-        for j in range(start, end):
-            codes[:, j] = (W[:, j] / s[:, j]).round().clamp(-m - 1, m)
-            errors[:, j - start] = (W[:, j] - s[:, j] * codes[:, j]) / U[j, j]
-            W[:, j:end] -= torch.outer(errors[:, j - start], U[j, j:end])
-        W[:, end:] -= errors @ U[start:end, end:]
-    return codes
-
-
-def inputs_hessian(point, forward, parts):
-    """H = X^T X in fp32 of what passes `point` when forward(part) is run for each of `parts`, [n, T, D] each.
-    (GPTQ's factor 2/N is left out: it cancels.)"""
-    H = torch.zeros((), device=parts[0].device)
-
-    def add(module, inputs, X):
-        nonlocal H
-        X = X.flatten(0, -2).float()  # [tokens, in]
-        H = H + X.mT @ X
-
-    handle = point.register_forward_hook(add)  # after the online Hadamard's hook, so it sees R4
-    for part in parts:
-        forward(part)
-    handle.remove()
-    return H
-
-
-@torch.no_grad()
-def gptq_weights(model, tokens, bits: int, clip: bool, group: int) -> dict:
-    """GPTQ for all linears, layer by layer, on `tokens` [N, T]. Changes `model`; returns the scales by name.
-
-    Only the residual stream at one place is kept. Activations, keys and values are not rounded: attach_rounding comes
-    later. Raises ArithmeticError, with the linears' names, where H cannot be inverted.
-    """
-    config, scales = model.config, {}
-    cos, sin = rope_tables(tokens.shape[1], config.head_dim, config.rope_theta, tokens.device)
-    parts = model.embed(tokens).split(max(1, 4096 // tokens.shape[1]))  # of [N, T, D]
-    for i, block in enumerate(tqdm(model.blocks, "GPTQ", leave=False, disable=None)):
-        for name, half, norm, tables in (
-            ("attn", block.attn, block.attn_norm, (cos, sin)),
-            ("ffn", block.ffn, block.ffn_norm, ()),
-        ):
-            whole = functools.partial(lambda half, norm, tables, x: half(norm(x), *tables), half, norm, tables)
-            start = functools.partial(lambda half, norm, x: half.at_input(norm(x)), half, norm)
-            for point, group_names in GPTQ_GROUPS[name]:
-                H = inputs_hessian(getattr(half, point), start if point == "at_input" else whole, parts)
-                weights = [getattr(half, linear).weight for linear in group_names]
-                names = [f"blocks.{i}.{name}.{linear}" for linear in group_names]
-                W = torch.cat(weights)
-                scale = weight_scale(W, bits, clip, group)
-                try:
-                    rounded = per_column(scale, W.shape[1]) * gptq(W, H, scale, bits)
-                except ArithmeticError as error:
-                    raise ArithmeticError(f"GPTQ of {', '.join(names)}: {error}") from error
-                rows = [len(W) for W in weights]
-                torch._foreach_copy_(weights, rounded.split(rows))
-                scales |= zip(names, scale.split(rows))
-            for part in parts:
-                part += whole(part)  # the residual stream that the next half reads
-    return scales
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # All together
 
 
@@ -550,7 +570,7 @@ def bake_rotations(model, bits: Bits, method: str, calibration, center_embed: bo
     """Attach R4 and multiply the method's rotations into the weights of `model`."""
     attach_ffn_hadamard(model)
     weights, R1, R2 = model.state_dict(), None, None
-    if method in ("quarot", "spinquant"):
+    if includes(method, "quarot"):
         R1, R2 = (R.to(model.embed.weight.device) for R in random_rotations(model.config, seed))
         if center_embed:
             weights["embed.weight"] = weights["embed.weight"] - weights["embed.weight"].mean(dim=1, keepdim=True)
@@ -581,10 +601,10 @@ def quantize(model, bits="4-4-4", method="rtn", calibration=None, clip=True, w_g
         raise ValueError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
     if hasattr(model, "quantization"):
         raise ValueError("this model is quantized already: start from the model that was trained")
-    if center_embed and method not in ("quarot", "spinquant"):
+    if center_embed and not includes(method, "quarot"):
         raise ValueError(f"only quarot and spinquant can center embeddings, not {method}")
     learns = method == "spinquant" and min(b.a, b.kv) < 16
-    if calibration is None and (learns or method in ("gptq", "quarot", "spinquant") and b.w < 16):
+    if calibration is None and (learns or includes(method, "gptq") and b.w < 16):
         raise ValueError(f"{method} needs calibration tokens")
     if model.embed.weight.device.type == "mps":
         model = copy.deepcopy(model).cpu()  # Apple's GPUs have no fp64, in which rotations are multiplied
@@ -592,15 +612,15 @@ def quantize(model, bits="4-4-4", method="rtn", calibration=None, clip=True, w_g
     device, scales = model.embed.weight.device, {}
     calibration = None if calibration is None else calibration.to(device)
     with full_precision(device):
-        if method != "rtn":
+        if includes(method, "had"):
             bake_rotations(model, b, method, calibration, center_embed, seed, steps, lr)
-        if b.w < 16 and method in ("rtn", "had"):
-            scales = round_weights(model, b.w, clip, w_group)
-        elif b.w < 16:
+        if b.w < 16 and includes(method, "gptq"):
             scales = gptq_weights(model, calibration[:GPTQ_SAMPLES, :-1], b.w, clip, w_group)
+        elif b.w < 16:
+            scales = round_weights(model, b.w, clip, w_group)
     attach_rounding(model, b)
-    had = method != "rtn"
-    model.quantization = dict(bits=bits, method=method, symmetric=symmetric, ffn_hadamard=had, scales=scales)
+    model.quantization = dict(
+        bits=bits, method=method, symmetric=symmetric, ffn_hadamard=includes(method, "had"), scales=scales)
     return model
 
 
@@ -725,7 +745,7 @@ def calibration_windows(options: dict, encoding, method: str, steps: int = SPIN_
     """Tokens to calibrate on, int64 [N, T + 1], or None for methods without: random windows of the training split of
     the run's own data, or blocks spread evenly over `file`. Raises ValueError for a file shorter than a block, or if a
     model from elsewhere, which has no data, is given none."""
-    if method in ("rtn", "had"):
+    if not includes(method, "gptq"):
         return None
     n, block = GPTQ_SAMPLES, options["seq_len"] + 1
     if method == "spinquant":
@@ -739,7 +759,24 @@ def calibration_windows(options: dict, encoding, method: str, steps: int = SPIN_
     if len(ids) < block:
         raise ValueError(f"--calib {file} has {len(ids):,} tokens, fewer than one block of {block:,}")
     blocks = ids[: len(ids) // block * block].view(-1, block)
-    return blocks[torch.arange(min(n, len(blocks))) * len(blocks) // min(n, len(blocks))]
+    return blocks[torch.from_numpy(spread(n, len(blocks)))]
+
+
+SWITCHES = ("no_clip", "w_group", "symmetric", "center_embed")
+
+
+def add_switches(add):
+    """The options SWITCHES, which eval.py has too: what the official code fixes."""
+    add("--no-clip", action="store_true", help="scale weights by their largest value, without search: the plain RTN")
+    add("--w-group", type=int, default=0, metavar="N", help="N weights of a row share a scale (default: the whole row)")
+    add("--symmetric", action="store_true", help="round activations on a grid symmetric about 0, not on min to max")
+    add("--center-embed", action="store_true", help="quarot, spinquant: subtract embedding means, as the official code")
+
+
+def switches(args, method: str) -> dict:
+    """Keyword arguments of quantize() for these options; centring is only for the methods that rotate the embedding."""
+    return dict(clip=not args.no_clip, w_group=args.w_group, symmetric=args.symmetric,
+                center_embed=args.center_embed and includes(method, "quarot"))
 
 
 def build_parser() -> Parser:
@@ -752,11 +789,9 @@ def build_parser() -> Parser:
     add("--method", default="gptq", help=f"one of {', '.join(METHODS)}, each building on those before (default: gptq)")
     add("--bits", default="4-4-4", help="weights-activations-KV: 4, and 2 to 8 or 16 for \"as it is\" (default: 4-4-4)")
     add("--calib", type=Path, metavar="FILE", help="text to calibrate on (default: the run's own training split)")
-    add("--no-clip", action="store_true", help="scale weights by their largest value, without search: the plain RTN")
-    add("--w-group", type=int, default=0, help="weights of a row that share a scale (default: all)")
-    add("--symmetric", action="store_true", help="round activations on a grid symmetric about 0, not on min to max")
-    add("--center-embed", action="store_true", help="quarot, spinquant: subtract embedding means, as the official code")
-    add("--steps", type=int, default=SPIN_STEPS, help=f"of SpinQuant (default: {SPIN_STEPS})")
+    add_switches(add)
+    add("--steps", type=int, default=SPIN_STEPS, help="of SpinQuant's search: more find better rotations (default: "
+        f"{SPIN_STEPS})")
     add("--lr", type=float, default=SPIN_LR, help=f"of SpinQuant; if its loss jumps, lower it (default: {SPIN_LR})")
     add("--seed", type=int, default=0, help="of the random rotations (default: 0)")
     add("--dtype", choices=["float32", "bfloat16"], help="of embedding, head, norms and all arithmetic "
@@ -781,7 +816,7 @@ def check(args, error, defaults):
         error(f"--bits: {wrong}")
     if args.method not in METHODS:
         error(f"--method {args.method}: use one of {', '.join(METHODS)}")
-    if args.center_embed and args.method not in ("quarot", "spinquant"):
+    if args.center_embed and not includes(args.method, "quarot"):
         error("--center-embed is for --method quarot or spinquant")
     if args.w_group < 0 or args.steps < 0 or not 0 <= args.lr < math.inf or args.seed < 0:
         error("--w-group, --steps, --lr and --seed must be numbers of at least 0")
@@ -812,9 +847,8 @@ def main(argv=None):
         windows = calibration_windows(options, tokenizer_of(data), args.method, args.steps, args.calib)
         model = model.to(getattr(torch, args.dtype)) if args.dtype else model
         began = time.perf_counter()
-        model = quantize(model, args.bits, args.method, windows, clip=not args.no_clip, w_group=args.w_group,
-                         symmetric=args.symmetric, center_embed=args.center_embed, seed=args.seed, steps=args.steps,
-                         lr=args.lr)
+        model = quantize(model, args.bits, args.method, windows, seed=args.seed, steps=args.steps, lr=args.lr,
+                         **switches(args, args.method))
         wall = time.perf_counter() - began
         save_quantized(model, args.out, options, data)
     except (ValueError, OSError, ArithmeticError, KeyError, ImportError) as error:

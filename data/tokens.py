@@ -169,6 +169,11 @@ def read_meta(directory: Path) -> dict:
     return meta
 
 
+def spread(n: int, total: int) -> np.ndarray:
+    """At most n of the numbers 0 ... total - 1, evenly spread: always the same ones."""
+    return np.arange(min(n, total)) * total // min(n, total)
+
+
 class Dataset:
     """One split of a dataset, cut into non-overlapping windows of seq_len + 1 tokens (inputs and their next tokens).
 
@@ -224,4 +229,4 @@ class Dataset:
 
     def evaluation_windows(self, n: int) -> np.ndarray:
         """Numbers of at most n windows spread evenly over the split: always the same ones."""
-        return np.arange(min(n, self.n_windows)) * self.n_windows // min(n, self.n_windows)
+        return spread(n, self.n_windows)
