@@ -5,6 +5,7 @@ finished row is kept, an unfinished one resumed, and a measurement is made once.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 from pathlib import Path
@@ -41,6 +42,8 @@ def ablation(opt, error, say):
             done = (directory / "ckpt.pt").exists()
             row.resume, row.out = (str(directory), None) if done else (None, str(directory))
             state = complete(row, error)
+            if state and state["step"] > row.steps:
+                error(f"{directory} has {state['step']} steps already: give --steps {state['step']}, or another --out")
             ranks = ranks or Ranks.start(row.device)
             say(f"\n== {directory.name}" + (f": at step {state['step']} of {row.steps}" if state else ""))
             if not state or state["step"] < row.steps:
@@ -65,11 +68,14 @@ def measured(directory: Path, opt) -> dict:
     """eval.py's measurement of a finished row, kept beside it so that it is done once."""
     kept = directory / "eval.json"
     if kept.exists() and kept.stat().st_mtime > (directory / "ckpt.pt").stat().st_mtime:
-        return json.loads(kept.read_text())
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged, or an older version's: measure again
+            result = json.loads(kept.read_text())
+            ablation_table([result])
+            return result
     target = load_target(directory, opt.device)
     how = target, target.dataset(), max(1, 4096 // opt.seq_len), precision(opt.device, opt.dtype)
     result = measure_target(*how, as_published=True)
-    result["quantized"] = measure_quantized(*how, result["val_loss"], ["4-4-4"], ["rtn", "had"])
+    result["quantized"] = measure_quantized(*how, result["val_loss"], ["4-4-4"], dict(rtn=None, had=None))
     write_whole(kept, json.dumps(dict(result, path=str(directory))) + "\n")
     return json.loads(kept.read_text())
 

@@ -39,6 +39,18 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def run(main):
+    """Call a script's main(), and end without a traceback where a person ends it: by Ctrl-C, or a pipe into `head`."""
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its exit
+        sys.exit(1)
+
+
 def pick_device(asked: str | None, error) -> str:
     """The device asked for, or the best there is. One that is not there goes to error(message)."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}

@@ -33,8 +33,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from benchmarks import describe_tasks, read_tasks, score_tasks, tasks_table
-from cli import Parser, peak_memory_gib, pick_device, precision
-from data.tokens import Dataset, find_dataset, spread, tokenizer_of
+from cli import Parser, peak_memory_gib, pick_device, precision, run
+from data.tokens import TOKENIZER_JSON, Dataset, find_dataset, spread, tokenizer_of
 from huggingface import is_llama, load_llama
 from model import Transformer, check_checkpoint, model_from_checkpoint, read_archive
 from quantize import (
@@ -46,6 +46,7 @@ from quantize import (
     parse_bits,
     quantize,
     quantized_model,
+    read_text,
     switches,
 )
 
@@ -204,6 +205,10 @@ def mean_loss(model, dataset, numbers, batch_size: int, autocast, progress=False
     return total / max(len(numbers), 1)
 
 
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700))  # e^710 is more than a float can hold
+
+
 def loss_and_kurtosis(loss: float, per_layer: list[float], config, bytes_per_token) -> dict:
     """The keys that every evaluation shares."""
     return {
@@ -249,7 +254,7 @@ def measure(model, dataset, batch_size: int, autocast) -> dict:
         name: dict(kurtosis=watch.means().tolist(), floor=gaussian_floor(width.get(name, config.n_embd)))
         for name, watch in watches.items()
     }
-    return dict(result, perplexity=math.exp(loss), tokens=stream.tokens_seen, sites=per_site, largest=stream.largest)
+    return dict(result, perplexity=perplexity(loss), tokens=stream.tokens_seen, sites=per_site, largest=stream.largest)
 
 
 @torch.no_grad()
@@ -358,6 +363,8 @@ def generate(model, tokens, n: int, window: int, temperature=1.0, top_k=None, se
             context, cache, unread = context[-(window // 2) :], model.new_cache(), None
         fresh = context if unread is None or not use_cache else unread
         logits = model(torch.tensor([fresh], device=device), cache=cache if use_cache else None)[0, -1, :n_vocab]
+        if not logits.isfinite().all():
+            raise ArithmeticError("the model's logits are not finite: there is nothing to draw from")
         if temperature == 0:
             token = int(logits.argmax())
         else:
@@ -395,12 +402,27 @@ class Target:
         return Dataset(find_dataset(self.options["data"]), "val", self.seq_len)
 
 
+OPTIMIZERS = {"adam": "Adam", "muon": "Muon", "muon-only": "Muon-only"}
+
+
 def configuration_label(options: dict) -> str:
     if "imported" in options:
         return "LLaMA"
-    parts = [{"adam": "Adam", "muon": "Muon", "muon-only": "Muon-only"}[options["optimizer"]]]
+    parts = [OPTIMIZERS[options["optimizer"]]]
     parts += ["SSNorm"] * (options["norm"] == "ss") + ["EmbProj"] * bool(options["embproj"])
     return "OSP" if parts == ["Muon", "SSNorm", "EmbProj"] else " + ".join(parts)
+
+
+def check_known(options: dict, data: dict, path):
+    """Raise ValueError, naming `path`, unless a file says of its model what we need to know."""
+    needed = {"imported"} if "imported" in options else {"optimizer", "norm", "embproj", "data", "seed"}
+    missing = (needed | {"seq_len"}) - options.keys() | {"tokenizer"} - data.keys()
+    if missing:
+        raise ValueError(f"{path} does not say {', '.join(sorted(missing))}: train.py or quantize.py would have")
+    sensible = type(options["seq_len"]) is int and options["seq_len"] > 0 and isinstance(data["tokenizer"], str)
+    sensible = sensible and options.get("optimizer", "adam") in OPTIMIZERS
+    if not sensible or data["tokenizer"] == TOKENIZER_JSON and not isinstance(data.get("tokenizer_json"), str):
+        raise ValueError(f"{path} says impossible things of its training or its tokenizer: it is damaged")
 
 
 def load_target(path: str, device: str, int4: bool = False) -> Target:
@@ -418,10 +440,7 @@ def load_target(path: str, device: str, int4: bool = False) -> Target:
         options, data = state["options"], state["data"]
     if int4 and not hasattr(model, "quantization"):
         raise ValueError(f"{path} is not quantized: --int4 is for files of quantize.py --out")
-    needed = {"imported"} if "imported" in options else {"optimizer", "norm", "embproj", "data", "seed"}
-    missing = (needed | {"seq_len"}) - options.keys() | {"tokenizer"} - data.keys()
-    if missing:
-        raise ValueError(f"{path} does not say {', '.join(sorted(missing))}: train.py or quantize.py would have")
+    check_known(options, data, path)
     name = path.resolve().name if path.is_dir() else path.stem
     return Target(name, path, model.requires_grad_(False), tokenizer_of(data), options["seq_len"], options)
 
@@ -518,21 +537,29 @@ def measure_target(target: Target, dataset, batch_size: int, autocast, as_publis
     return dict(target=target.name, label=target.label(), **result, sinks=sinks)
 
 
-def measure_quantized(target, dataset, batch_size: int, autocast, exact, bits, methods, args=None, tasks=()) -> dict:
+def calibrations(target, methods, file=None) -> dict:
+    """What each method calibrates on. Raises ValueError if the target cannot be quantized by one of them."""
+    if hasattr(target.model, "quantization"):
+        raise ValueError(f"{target.path} is quantized already: start from the model that was trained")
+    found = {method: calibration_windows(target.options, target.encoding, method, file=file) for method in methods}
+    for method, windows in found.items():
+        if windows is None and includes(method, "gptq"):
+            raise ValueError(f"{method} needs text to calibrate on, and {target.path} has none: use --calib FILE")
+    return found
+
+
+def measure_quantized(target, dataset, batch_size, autocast, exact, bits, calibration, args=None, tasks=()) -> dict:
     """Per bit setting and method: the quantized model's loss on `dataset`, and how much that adds to the `exact` loss,
-    unless the dataset is None; and its scores on `tasks`, if there are any. `args`: --calib and quantize.py's switches.
-    """
+    unless the dataset is None; and its scores on `tasks`, if there are any. `args`: with quantize.py's switches."""
     results = {each: {} for each in bits}
-    for method in tqdm(methods, f"quantize {target.name}", leave=False, disable=None):
-        windows = calibration_windows(target.options, target.encoding, method, file=args and args.calib)
+    for method, windows in tqdm(calibration.items(), f"quantize {target.name}", leave=False, disable=None):
         for each in bits:
             model = quantize(target.model, each, method, windows, **switches(args, method) if args else {})
             result = results[each][method] = {}
             if dataset is not None:
                 numbers = np.arange(dataset.n_windows)
                 loss = mean_loss(model, dataset, numbers, batch_size, autocast, progress=True).item()
-                perplexity = math.exp(min(loss, 700))  # e^710 is more than a float can hold
-                result |= dict(val_loss=loss, perplexity=perplexity, added=loss - exact)
+                result |= dict(val_loss=loss, perplexity=perplexity(loss), added=loss - exact)
             if tasks:
                 result |= score_tasks(model, target.encoding, tasks, target.seq_len, batch_size, autocast)
     return results
@@ -646,10 +673,10 @@ def check(args, error):
     for name in ("methods", "calib", *SWITCHES):
         if getattr(args, name) and not (args.bits or args.sweep):
             error(f"--{name.replace('_', '-')} is for quantizing: say how, with --bits 4-4-4")
-    least = dict(tokens=1, temperature=0, top_k=1, batch_size=1, seq_len=2, w_group=0)
+    least = dict(tokens=1, temperature=0, top_k=1, batch_size=1, seq_len=3, w_group=0, seed=0)
     for name, low in least.items():
         value = getattr(args, name)
-        if value is not None and not value >= low:
+        if value is not None and not low <= value < 2**63:
             error(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
     check_quantization(args, error)
 
@@ -683,7 +710,11 @@ def main(argv=None):
         plot = None
         if args.plot:
             import plot  # fails before the work, not after it
-        text = args.text.read_text(encoding="utf-8") if args.text else None
+            args.plot.mkdir(parents=True, exist_ok=True)
+        text = read_text(args.text) if args.text else None
+        for path in args.targets:
+            if not Path(path).exists():
+                raise FileNotFoundError(f"there is nothing at {path}")
         tasks = read_tasks(args.tasks) if args.tasks else []
         rows, pictures = [], []
         for path in args.targets:
@@ -695,7 +726,9 @@ def main(argv=None):
             block, dataset = args.seq_len or target.seq_len, None
             if text is not None or not tasks:
                 dataset = target.dataset() if text is None else TextBlocks(text, target.encoding, block)
-            batch_size = args.batch_size or max(1, 4096 // block)
+            batch_size, calibration = args.batch_size or max(1, 4096 // block), {}
+            if args.bits:  # what is wrong with them shows before the hours of measuring
+                calibration = calibrations(target, args.methods, args.calib)
             row, out = dict(target=target.name, label=target.label()), sys.stderr if args.json else sys.stdout
             if dataset is not None:
                 row = measure_target(target, dataset, batch_size, autocast, args.as_published)
@@ -706,7 +739,7 @@ def main(argv=None):
             if args.bits:
                 exact = row.get("val_loss")
                 row["quantized"] = measure_quantized(
-                    target, dataset, batch_size, autocast, exact, args.bits, args.methods, args, tasks)
+                    target, dataset, batch_size, autocast, exact, args.bits, calibration, args, tasks)
             rows.append(row)
             if plot:
                 pictures.append(plot.Picture.of(target, rows[-1], dataset, autocast))
@@ -714,6 +747,7 @@ def main(argv=None):
             for path in plot.draw_all(pictures, args.plot):
                 print(f"wrote {path}", file=sys.stderr)
         if args.json:
+            rows = json.loads(json.dumps(rows), parse_constant=lambda name: None)  # NaN is not JSON; null is
             print(json.dumps(rows))
         elif args.prompt is None:
             tables = []
@@ -722,9 +756,11 @@ def main(argv=None):
             if tasks:
                 tables.append(all_scores(rows))
             print("\n\n".join(tables), end="\n" if tables else "")
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, ImportError, ArithmeticError) as error:
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

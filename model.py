@@ -168,6 +168,9 @@ class Config:
         for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("rope_theta", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a positive number, not {getattr(self, name)}")
         if self.norm not in ("rms", "ss"):
             raise ValueError(f"norm must be 'rms' or 'ss', not {self.norm!r}")
         if not self.head_dim and self.n_embd % self.n_head:
@@ -281,9 +284,10 @@ def save_checkpoint(state: dict, path: Path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch hides it in there
         raise OSError(f"could not write {path}: {str(cause).splitlines()[0]}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_archive(path: Path):

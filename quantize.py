@@ -43,7 +43,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from cli import Parser, peak_memory_gib, pick_device
+from cli import Parser, peak_memory_gib, pick_device, run
 from data.tokens import Dataset, find_dataset, spread, tokenizer_of
 from huggingface import is_llama, last_evaluation, load_llama, save_llama
 from model import (
@@ -594,13 +594,15 @@ def quantize(model, bits="4-4-4", method="rtn", calibration=None, clip=True, w_g
         center_embed: quarot and spinquant: subtract each embedding's mean over channels, as the official code does.
         seed: of the random rotations.
         steps, lr: of SpinQuant.
-    Raises ValueError for impossible options, ArithmeticError where GPTQ fails.
+    Raises ValueError for impossible options, ArithmeticError for weights that are not finite or where GPTQ fails.
     """
     b = parse_bits(bits)._replace(symmetric=symmetric)
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
     if hasattr(model, "quantization"):
         raise ValueError("this model is quantized already: start from the model that was trained")
+    if broken := [name for name, W in model.named_parameters() if not W.isfinite().all()]:
+        raise ArithmeticError(f"{broken[0]} holds numbers that are not finite: there is nothing to round them to")
     if center_embed and not includes(method, "quarot"):
         raise ValueError(f"only quarot and spinquant can center embeddings, not {method}")
     learns = method == "spinquant" and min(b.a, b.kv) < 16
@@ -704,13 +706,19 @@ def quantized_model(state: dict, path, device="cpu", int4: bool = False) -> Tran
     if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
         raise ValueError(f"{path} is a torch file, but not a quantized model of quantize.py")
     if (state.get("version"), state["packing"]) != (VERSION, PACKING):
-        raise ValueError(f"{path} is of version {state.get('version')}; this code reads version {VERSION}")
+        raise ValueError(f"{path} is of version {state.get('version')} or packed otherwise; this code reads {VERSION}")
     made = state["quantization"]
     try:
         bits, scales, weights = parse_bits(made["bits"]), made["scales"], dict(state["weights"])
         bits = bits._replace(symmetric=made["symmetric"])
-        if made["method"] not in METHODS or not {made["ffn_hadamard"], bits.symmetric} <= {True, False}:
+        if made["method"] not in METHODS or bits.symmetric not in (True, False):
             raise ValueError("unknown method")
+        if bits.w != 4 or made["ffn_hadamard"] is not includes(made["method"], "had"):
+            raise ValueError("what was done to it contradicts itself")
+        if not all(s.dtype == torch.float32 and s.isfinite().all() and s.gt(0).all() for s in scales.values()):
+            raise ValueError("a scale is no positive number")
+        if len({W.dtype for W in weights.values()}) > 1:
+            raise ValueError("weights of several precisions")
         with torch.device("meta"):
             model = Transformer(Config(**state["config"]))
         for name, packed in state["codes"].items():
@@ -720,7 +728,8 @@ def quantized_model(state: dict, path, device="cpu", int4: bool = False) -> Tran
         if set(linears(model)) != set(scales):
             raise ValueError("not every linear has its scales")
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} does not fit together ({str(error).splitlines()[0]}): write it again") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} does not fit together ({reason}): write it again") from error
     if made["ffn_hadamard"]:
         attach_ffn_hadamard(model)
     attach_rounding(model, bits)
@@ -741,6 +750,14 @@ def load_quantized(path, device="cpu") -> Transformer:
 # Command line
 
 
+def read_text(path) -> str:
+    """The text of a file, without the byte order mark that some editors put in front. Raises OSError and ValueError."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start} cannot be read)") from error
+
+
 def calibration_windows(options: dict, encoding, method: str, steps: int = SPIN_STEPS, file=None):
     """Tokens to calibrate on, int64 [N, T + 1], or None for methods without: random windows of the training split of
     the run's own data, or blocks spread evenly over `file`. Raises ValueError for a file shorter than a block, or if a
@@ -755,7 +772,7 @@ def calibration_windows(options: dict, encoding, method: str, steps: int = SPIN_
     if file is None:
         data = Dataset(find_dataset(options["data"]), "train", options["seq_len"], options["seed"])
         return torch.from_numpy(data.batch(0, min(n, data.n_windows)))
-    ids = torch.tensor(encoding.encode_ordinary(Path(file).read_text(encoding="utf-8")))
+    ids = torch.tensor(encoding.encode_ordinary(read_text(file)))
     if len(ids) < block:
         raise ValueError(f"--calib {file} has {len(ids):,} tokens, fewer than one block of {block:,}")
     blocks = ids[: len(ids) // block * block].view(-1, block)
@@ -786,8 +803,8 @@ def build_parser() -> Parser:
     goal = p.add_mutually_exclusive_group(required=True).add_argument
     goal("--out", type=Path, metavar="FILE", help="where the model goes, its weights in 4 bits")
     goal("--hf", type=Path, metavar="DIR", help="where it goes as trained, as a Hugging Face LLaMA directory")
-    add("--method", default="gptq", help=f"one of {', '.join(METHODS)}, each building on those before (default: gptq)")
-    add("--bits", default="4-4-4", help="weights-activations-KV: 4, and 2 to 8 or 16 for \"as it is\" (default: 4-4-4)")
+    add("--method", help=f"one of {', '.join(METHODS)}, each building on those before (default: gptq)")
+    add("--bits", help="weights-activations-KV: 4, and 2 to 8 or 16 for \"as it is\" (default: 4-4-4)")
     add("--calib", type=Path, metavar="FILE", help="text to calibrate on (default: the run's own training split)")
     add_switches(add)
     add("--steps", type=int, default=SPIN_STEPS, help="of SpinQuant's search: more find better rotations (default: "
@@ -803,12 +820,14 @@ def build_parser() -> Parser:
 def check(args, error, defaults):
     """Call error(message) for the first option that cannot be."""
     goal, path = ("--hf", args.hf) if args.hf else ("--out", args.out)
-    if not path.parent.is_dir() or (path.exists() if args.hf else path.is_dir()):
-        error(f"{goal} {path} must be a {'new directory' if args.hf else 'file'} in a directory that exists")
-    rounding = vars(args).keys() - {"target", "out", "hf", "device"}
-    given = [name for name in rounding if getattr(args, name) != defaults(name)]
+    if path.exists() or path.is_symlink():
+        error(f"{goal} {path} exists: remove it, or name another place")
+    if not path.parent.is_dir():
+        error(f"{goal} {path} must be in a directory that exists")
+    given = {name for name, value in vars(args).items() if value != defaults(name)} - {"target", "out", "hf", "device"}
     if args.hf and given:
         error(f"--{min(given).replace('_', '-')} goes with --out: --hf writes the model as it was trained")
+    args.method, args.bits = args.method or "gptq", args.bits or "4-4-4"
     try:
         if parse_bits(args.bits).w != 4:
             error(f"--bits {args.bits}: the file holds weights of 4 bits; quantize() can simulate other numbers")
@@ -816,9 +835,11 @@ def check(args, error, defaults):
         error(f"--bits: {wrong}")
     if args.method not in METHODS:
         error(f"--method {args.method}: use one of {', '.join(METHODS)}")
-    if args.center_embed and not includes(args.method, "quarot"):
-        error("--center-embed is for --method quarot or spinquant")
-    if args.w_group < 0 or args.steps < 0 or not 0 <= args.lr < math.inf or args.seed < 0:
+    needs = dict(calib="gptq", center_embed="quarot", seed="quarot", steps="spinquant", lr="spinquant")
+    for name, step in needs.items():
+        if name in given and not includes(args.method, step):
+            error(f"--{name.replace('_', '-')} does nothing for --method {args.method}, only from {step} on")
+    if args.w_group < 0 or args.steps < 0 or not 0 <= args.lr < math.inf or not 0 <= args.seed < 2**63:
         error("--w-group, --steps, --lr and --seed must be numbers of at least 0")
 
 
@@ -859,4 +880,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -206,6 +206,8 @@ def check(opt, error):
               f"not divisible by --micro-batch-size {micro_batch(opt, world)}")
     if opt.data == "random" and not opt.bench:
         error("--data random teaches nothing: it is for --bench")
+    if (opt.full or opt.seeds is not None) and not opt.ablation:
+        error("--full and --seeds are for --ablation")
     if opt.data is None and not opt.dry_run:
         error(f"--preset {opt.preset} is for real text: name a dataset with --data (see data/prepare.py --help)")
 

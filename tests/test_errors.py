@@ -62,6 +62,8 @@ def test_impossible_numbers(fails, small_run):
     fails([*small_run, "--n-head", "5"], 2, "n_head 5")
     fails([*small_run, "--lr", "inf"], 2, "--lr inf")
     fails([*small_run, "--ablation", "--seeds", "0"], 2, "--seeds 0")
+    fails([*small_run, "--seeds", "2"], 2, "--seeds are for --ablation")
+    fails([*small_run, "--full"], 2, "--full")
     fails([*small_run, "--grad-clip", "nan"], 2, "--grad-clip nan")
     fails([*small_run, "--batch-size", "1" + "0" * 20], 2, "--batch-size")
     fails(["--preset", "small"], 2, "--preset small is for real text", "--data")

@@ -287,7 +287,7 @@ def test_eval_continues_a_prompt(run_dir, capsys):
 
 def test_eval_errors_are_one_line(run_dir, tmp_path, capsys, monkeypatch):
     for argv, code, words in (
-        ([tmp_path / "none"], 1, "no checkpoint"),
+        ([run_dir, tmp_path / "none"], 1, "nothing at"),
         ([run_dir, "--text", tmp_path / "none.txt"], 1, "none.txt"),
         ([run_dir, "--prompt", ""], 1, "empty"),
         ([run_dir, "--tokens", "0"], 2, "--tokens"),
@@ -348,6 +348,8 @@ def test_a_killed_ablation_goes_on_and_repeats_no_finished_row(small_run, tmp_pa
     assert code == 0 and "at step 30 of 31" in output  # longer training is allowed, other options are not
     code, output = finish(start([*options, "--seq-len", "8"], tmp_path), tmp_path)
     assert code == 2 and "--seq-len 8" in output
+    code, output = finish(start([*options, "--steps", "8", "--save-every", "4"], tmp_path), tmp_path)
+    assert code == 2 and "has 31 steps already" in output  # no table of rows that were not asked for
 
 
 def test_the_full_ablation_has_all_combinations_and_seeds_give_a_spread(small_run, tmp_path):
@@ -365,4 +367,8 @@ def test_the_full_ablation_has_all_combinations_and_seeds_give_a_spread(small_ru
     ]
     train.main(options)
     table = (tmp_path / "a/table.md").read_text()
+    (tmp_path / "a/adam-s0/eval.json").write_text("{damaged")
+    (tmp_path / "a/adam-s1/eval.json").write_text("{}")  # as of an older version
+    train.main(options)
+    assert (tmp_path / "a/table.md").read_text() == table
     assert len(table.splitlines()) == 2 + 12 and table.count("±") == 12 * 7 and "2 seed(s)" in table

@@ -531,7 +531,7 @@ def test_without_safetensors_one_line_says_what_to_install(runs, tmp_path, monke
 
 def test_options_of_export_that_cannot_be_are_exit_code_2(runs, tmp_path, capsys):
     run, m = str(runs["osp"]), str(tmp_path / "m")
-    for argv, words in [([], "--out --hf"), (["--hf", m, "--out", m], "not allowed"), (["--hf", str(tmp_path)], "new"),
+    for argv, words in [([], "--out --hf"), (["--hf", m, "--out", m], "not allowed"), (["--hf", str(tmp_path)], "exists"),
                         (["--hf", m, "--method", "rtn"], "--method goes with --out"),
                         (["--hf", m, "--no-clip"], "--no-clip"), (["--hf", str(tmp_path / "a/b")], "exists")]:
         with pytest.raises(SystemExit) as error:

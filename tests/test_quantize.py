@@ -372,11 +372,15 @@ def test_gptq_is_closer_to_the_model_than_rounding_on_calibration(calibration):
 
 def test_gptq_names_the_linear_it_fails_at(calibration):
     model = randomized()
-    model.blocks[1].attn_norm.gain[0] = math.nan
+    model.blocks[1].attn_norm.gain[0] = 3e38  # finite, but what it multiplies is not
     with pytest.raises(ArithmeticError, match="blocks.1.attn.k_proj.*Cholesky"):
         quantize(model, "4-4-4", "gptq", calibration)
+    for method in Q.METHODS:
+        model.blocks[1].attn_norm.gain[0] = math.nan
+        with pytest.raises(ArithmeticError, match="blocks.1.attn_norm.gain.*not finite"):
+            quantize(model, "4-4-4", method, calibration)
     with pytest.raises(ValueError, match="gptq needs calibration"):
-        quantize(model, "4-4-4", "gptq")
+        quantize(randomized(), "4-4-4", "gptq")
 
 
 # Rotations
@@ -582,15 +586,18 @@ def test_a_file_has_the_size_of_its_formula(tmp_path):
 
 def test_the_command_line_writes_what_quantize_gives(run_dir, dataset_dir, tmp_path, capsys):
     for method in Q.METHODS:
-        Q.main([str(run_dir), "--method", method, "--steps", "3", "--out", str(tmp_path / "q.pt")])
+        (tmp_path / "q.pt").unlink(missing_ok=True)
+        steps = ["--steps", "3"] if method == "spinquant" else []
+        Q.main([str(run_dir), "--method", method, *steps, "--out", str(tmp_path / "q.pt")])
         assert f"{method} 4-4-4" in capsys.readouterr().out
     (tmp_path / "text.txt").write_text((dataset_dir.parent / "words.txt").read_text()[:2000])
     fp32 = (tmp_path / "q.pt").stat().st_size
     Q.main([str(run_dir), "--calib", str(tmp_path / "text.txt"), "--no-clip", "--w-group", "16", "--dtype", "bfloat16",
-            "--out", str(tmp_path / "q.pt")])
-    assert Q.load_quantized(tmp_path / "q.pt").embed.weight.dtype == torch.bfloat16
-    assert (tmp_path / "q.pt").stat().st_size < fp32
-    assert list(tmp_path.glob("*.tmp")) == [] and Q.load_quantized(tmp_path / "q.pt").quantization["method"] == "gptq"
+            "--out", str(tmp_path / "small.pt")])
+    assert Q.load_quantized(tmp_path / "small.pt").embed.weight.dtype == torch.bfloat16
+    assert (tmp_path / "small.pt").stat().st_size < fp32
+    assert Q.load_quantized(tmp_path / "small.pt").quantization["method"] == "gptq"
+    assert list(tmp_path.glob("*.tmp")) == []
 
 
 def test_calibration_comes_from_the_training_split(run_dir, dataset_dir):
@@ -621,12 +628,15 @@ def test_bits_that_no_file_can_have_are_exit_code_2(bits, fails):
     fails(2, f"--bits {bits}" if bits == "8-8-8" else bits, "--bits", bits)
 
 
-def test_bad_options_are_exit_code_2(fails, tmp_path):
+def test_bad_options_are_exit_code_2(fails, run_dir, tmp_path):
     fails(2, "--method awq rtn spinquant", "--method", "awq")
     fails(2, "--center-embed quarot", "--center-embed")
     fails(2, "--w-group", "--w-group", "-1")
     fails(2, "--lr", "--lr", "nan")
     fails(2, "--out directory", "--out", tmp_path / "nowhere" / "q.pt")
+    fails(2, f"{run_dir} exists", "--out", run_dir / "ckpt.pt")  # never over a trained model
+    fails(2, "--calib rtn", "--method", "rtn", "--calib", tmp_path / "text.txt")
+    fails(2, "--steps quarot", "--method", "quarot", "--steps", "5")
 
 
 def test_bad_files_are_exit_code_1(fails, four_bit_file, tmp_path):
@@ -641,10 +651,14 @@ def test_bad_files_are_exit_code_1(fails, four_bit_file, tmp_path):
 
 def test_a_quantized_file_from_elsewhere_is_refused(four_bit_file, run_dir, tmp_path):
     state, bad = torch.load(four_bit_file, weights_only=True), tmp_path / "bad.pt"
+    scales = state["quantization"]["scales"]
     wider = dict(state["config"], n_embd=64)
-    wrong = [(dict(version=3), "version 3.*version 2"), (dict(config=wider), "does not fit"), (dict(weights={}), "fit"),
+    wrong = [(dict(version=3), "version 3.*reads 2"), (dict(config=wider), "does not fit"), (dict(weights={}), "fit"),
              (dict(config=dict(n_moons=3)), "n_moons"), (dict(codes=[]), "not a quantized"),
-             (dict(quantization=dict(state["quantization"], ffn_hadamard=None)), "unknown method"),
+             (dict(quantization=dict(state["quantization"], ffn_hadamard=None)), "contradicts"),
+             (dict(quantization=dict(state["quantization"], bits="16-4-4")), "contradicts"),
+             (dict(quantization=dict(state["quantization"], scales={n: -s for n, s in scales.items()})), "positive"),
+             (dict(config=dict(state["config"], norm_eps=-1.0)), "norm_eps"),
              (dict(quantization={}), "does not fit"), (dict(codes={}), "does not fit")]
     for change, words in wrong:
         torch.save(state | change, bad)
@@ -737,6 +751,33 @@ def test_a_symmetric_grid_has_as_many_values_below_zero_as_above(run_dir):
     tokens = torch.arange(16)[None]
     symmetric, fitted = (quantize(model, "16-4-4", symmetric=s)(tokens) for s in (True, False))
     assert not torch.equal(symmetric, fitted) and (symmetric - fitted).norm() < fitted.norm()
+
+
+def test_eval_finds_what_is_wrong_before_it_measures(run_dir, four_bit_file, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "mark.txt").write_bytes(b"\xef\xbb\xbfabc")
+    assert Q.read_text(tmp_path / "mark.txt") == "abc"
+    for argv, words in [((run_dir, tmp_path / "none", "--json"), "nothing at"),
+                        ((run_dir, "--bits", "4-4-4", "--methods", "gptq", "--calib", tmp_path / "short.txt"), "short.txt"),
+                        ((four_bit_file, "--bits", "4-4-4"), "quantized already")]:
+        with pytest.raises(SystemExit, match=words):
+            evaluated(capsys, *argv)
+        assert capsys.readouterr().out == ""
+    for argv in (["--calib", "x"], ["--methods", "gptq"], ["--symmetric"], ["--prompt", "a", "--bits", "4-4-4"],
+                 ["--bits", "4-4-4", "--center-embed"], ["--text", "x", "--seq-len", "2"]):
+        with pytest.raises(SystemExit) as error:
+            evaluated(capsys, run_dir, *argv)
+        assert error.value.code == 2
+
+
+def test_a_model_of_nan_is_reported_and_json_stays_json(run_dir, tmp_path, capsys):
+    state = torch.load(run_dir / "ckpt.pt", weights_only=True)
+    state["model"]["norm.gain"] = torch.full_like(state["model"]["norm.gain"], math.nan)
+    torch.save(state, tmp_path / "nan.pt")
+    row, = json.loads(evaluated(capsys, tmp_path / "nan.pt", "--json"), parse_constant=pytest.fail)
+    assert row["val_loss"] is None
+    with pytest.raises(SystemExit, match="not finite"):
+        evaluated(capsys, tmp_path / "nan.pt", "--prompt", "a")
 
 
 def test_eval_refuses_impossible_bits_and_methods(run_dir, capsys):
