@@ -148,6 +148,23 @@ def find_dataset(name: str) -> Path:
     return path if path.exists() or len(path.parts) > 1 else HERE / name
 
 
+def write_meta(directory: Path, tokenizer_name: str, encoding, tokens: dict, n_bytes: dict, source: str) -> dict:
+    """Write meta.json, last of a dataset's files, after a copy of the tokenizer if that is a file; returns what is in
+    it. `tokens` and `n_bytes` count per split, `source` is the sha256 of what the dataset was made from."""
+    meta = {
+        "tokenizer": encoding.name,  # of a file: tokenizer.json, which then lies beside this
+        "vocab_size": encoding.n_vocab,
+        "bytes_per_token": n_bytes["val"] / tokens["val"],  # turns validation loss into bits per byte
+        "tokens": tokens,
+        "bytes": n_bytes,
+        "source": source,
+    }
+    if encoding.name == TOKENIZER_JSON:
+        write_whole(directory / TOKENIZER_JSON, read_tokenizer_json(tokenizer_name))
+    write_whole(directory / "meta.json", json.dumps(meta, indent=2) + "\n")
+    return meta
+
+
 def read_meta(directory: Path) -> dict:
     """meta.json of a dataset, with the contents of its tokenizer.json, if it has one, as "tokenizer_json". Where there
     is no meta.json, as for shards from llm.c and nanoGPT, GPT-2's tokenizer and a fingerprint of the files.
@@ -175,23 +192,6 @@ def read_meta(directory: Path) -> dict:
         raise ValueError(f"{path} cannot be used (an impossible number or name in it): prepare the data again")
     if meta["tokenizer"] == TOKENIZER_JSON:
         meta["tokenizer_json"] = read_tokenizer_json(directory)
-    return meta
-
-
-def write_meta(directory: Path, tokenizer_name: str, encoding, tokens: dict, n_bytes: dict, source: str) -> dict:
-    """Write meta.json, last of a dataset's files, after a copy of the tokenizer if that is a file; returns what is in
-    it. `tokens` and `n_bytes` count per split, `source` is the sha256 of what the dataset was made from."""
-    meta = {
-        "tokenizer": encoding.name,  # of a file: tokenizer.json, which then lies beside this
-        "vocab_size": encoding.n_vocab,
-        "bytes_per_token": n_bytes["val"] / tokens["val"],  # turns validation loss into bits per byte
-        "tokens": tokens,
-        "bytes": n_bytes,
-        "source": source,
-    }
-    if encoding.name == TOKENIZER_JSON:
-        write_whole(directory / TOKENIZER_JSON, read_tokenizer_json(tokenizer_name))
-    write_whole(directory / "meta.json", json.dumps(meta, indent=2) + "\n")
     return meta
 
 
