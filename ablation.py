@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from cli import first, pick_device, precision
+from cli import first, pick_device, precision, write_whole
 from eval import load_target, measure_quantized, measure_target, strongest_state
-from train import ROOT, Ranks, complete, default_preset, parts_name, train, write_whole
+from train import ROOT, Ranks, complete, default_preset, parts_name, train
 
 TABLE_2 = [("adam", "rms", False), ("muon-only", "rms", False), ("muon", "rms", False), ("muon", "ss", False),
            ("muon", "rms", True), ("muon", "ss", True)]  # optimizer, norm, embproj: the paper's rows, in its order

@@ -1,9 +1,9 @@
 r"""How often a model picks or writes the right answer: the ten benchmarks of the paper, or any questions of your own.
 
     python data/benchmarks.py all --hub --out tasks      make the task files from the original datasets
-    python eval.py RUN --tasks tasks                     score a model on them
+    python eval.py RUN --tasks tasks                     score a model on them, with the functions below
 
-A task file holds one JSON object a line: settings first (may be missing: see SETTINGS), then questions of one type:
+A task file holds one JSON object a line: settings first (see Task; may be missing), then questions of one type:
     {"task": "gsm8k", "benchmark": "GSM8K", "shots": 8, "shots_from": "shots/gsm8k.jsonl", "match": "number"}
     {"type": "mc", "context": "Question: ...\nAnswer:", "choices": [" red", " blue"], "gold": 1, "group": "colours"}
     {"type": "gen", "context": "Question: ...\nAnswer:", "answers": ["18"], "target": " ... #### 18"}
@@ -21,8 +21,8 @@ import math
 import random
 import re
 import string
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -30,19 +30,28 @@ from tqdm import tqdm
 
 from data.tokens import separator
 
-SETTINGS = {  # name: default
-    "task": "",  # its name; if empty, the file's
-    "benchmark": "",  # the column it is averaged into; if empty, its own. (ARC is the mean of two tasks.)
-    "shots": 0,  # how many, new ones for every question
-    "shots_from": "",  # a file to draw them from, beside this one; if empty, this one
-    "max_new": 32,  # gen: tokens to write
-    "stop": [],  # gen: an answer ends before any of these strings
-    "match": "alias",  # gen: the rule, see is_right
-    "source": "",  # for the reader
-}
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Task files
+
+
+@dataclass
+class Task:
+    """The questions of a file, and its settings: what the first line may say, with the defaults."""
+
+    questions: list[dict]
+    pool: list[dict]  # the lines that shots are drawn from
+    task: str = ""  # its name; if empty, the file's
+    benchmark: str = ""  # the column it is averaged into; if empty, its own. (ARC is the mean of two tasks.)
+    shots: int = 0  # how many, new ones for every question
+    shots_from: str = ""  # a file to draw them from, beside this one; if empty, this one
+    max_new: int = 32  # gen: tokens to write
+    stop: list = field(default_factory=list)  # gen: an answer ends before any of these strings
+    match: str = "alias"  # gen: the rule, see is_right
+    source: str = ""  # for the reader
+
+
+SETTINGS = {f.name: f.type for f in fields(Task) if f.name not in ("questions", "pool")}
+KINDS = {str: "a string", int: "a whole number, 0 or more", list: "a list of strings"}
 
 
 def check_settings(settings: dict):
@@ -50,10 +59,10 @@ def check_settings(settings: dict):
     for name, value in settings.items():
         if name not in SETTINGS:
             raise ValueError(f"unknown setting {name!r}: use some of {', '.join(SETTINGS)}")
-        kind = type(SETTINGS[name])
+        kind = SETTINGS[name]
         good = type(value) is kind and (kind is not int or value >= 0)
         if not good or kind is list and not all(isinstance(word, str) and word for word in value):
-            raise ValueError(f"{name} must be a {'list of strings' if kind is list else kind.__name__}, not {value!r}")
+            raise ValueError(f"{name} must be {KINDS[kind]}, not {value!r}")
     if settings.get("match", "alias") not in ("alias", "number"):
         raise ValueError(f"match {settings['match']!r} must be 'alias' or 'number'")
 
@@ -99,14 +108,14 @@ def read_lines(path: Path) -> tuple[dict, list[dict]]:
     return settings, questions
 
 
-def read_tasks(paths) -> list[SimpleNamespace]:
-    """The tasks in these files, and in the *.jsonl of these folders: SETTINGS as attributes, `questions`, and `pool`,
-    the lines that shots are drawn from. Raises ValueError and OSError."""
+def read_tasks(paths) -> list[Task]:
+    """The tasks in these files, and in the *.jsonl of these folders. Raises ValueError and OSError."""
     files = [file for path in map(Path, paths) for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
     tasks = {}
     for file in files:
         settings, questions = read_lines(file)
-        task = SimpleNamespace(**SETTINGS | {"task": file.stem} | settings, questions=questions, pool=questions)
+        task = Task(questions, pool=questions, **settings)
+        task.task = task.task or file.stem
         task.benchmark = task.benchmark or task.task
         if task.shots and task.shots_from:
             task.pool = read_lines(file.parent / task.shots_from)[1]
@@ -130,7 +139,7 @@ def solved(q: dict) -> str:
     return q["context"] + target
 
 
-def prompts(task, encoding, room: int) -> list[str]:
+def prompts(task: Task, encoding, room: int) -> list[str]:
     """Every question's context behind its own shots, as many of them as fit into `room` tokens.
 
     Drawn as the paper's harness draws them: one generator shuffles the questions, then samples for each in that order.
@@ -189,12 +198,12 @@ def batches(lengths: list[int], budget: int, equal=False) -> list[list[int]]:
 
 
 @torch.no_grad()
-def log_likelihoods(model, pairs: list, window: int, batch_size: int, autocast, label="") -> list[float]:
-    """Sum of log p of the last n tokens, for every (ids, n) of `pairs`. What exceeds the window is cut off at the left.
-    Shorter sequences are padded at the right, which causal attention never sees."""
+def log_likelihoods(model, pairs: list, seq_len: int, batch_size: int, autocast, label="") -> list[float]:
+    """Sum of log p of the last n tokens, for every (ids, n) of `pairs`. What exceeds seq_len tokens is cut off at
+    the left. Shorter sequences are padded at the right, which causal attention never sees."""
     device, sums = next(model.parameters()).device, [0.0] * len(pairs)
-    lengths = [min(len(ids) - 1, window) for ids, _ in pairs]  # of the input: the last token is only predicted
-    for batch in tqdm(batches(lengths, batch_size * window), label, leave=False, disable=None):
+    lengths = [min(len(ids) - 1, seq_len) for ids, _ in pairs]  # of the input: the last token is only predicted
+    for batch in tqdm(batches(lengths, batch_size * seq_len), label, leave=False, disable=None):
         tokens = torch.zeros(len(batch), lengths[batch[0]], dtype=torch.long)  # [B, T]
         rows, columns, targets = [], [], []
         for row, i in enumerate(batch):
@@ -226,17 +235,17 @@ def finished_text(encoding, ids: list[int], stop: list[str]) -> tuple[str, bool]
 
 
 @torch.no_grad()
-def write_answers(model, encoding, prompts: list, task, window: int, batch_size: int, autocast) -> list[str]:
+def write_answers(model, encoding, prompts: list, task: Task, seq_len: int, batch_size: int, autocast) -> list[str]:
     """What the model writes after each prompt (a list of ids), taking the likeliest token every time.
 
     Prompts of one length share a batch: these need neither padding nor a mask, which the model does not have. Short
     questions often meet that way; long ones rarely do, and then go alone.
     """
     device, texts, lengths = next(model.parameters()).device, {}, [len(ids) + task.max_new for ids in prompts]
-    for batch in tqdm(batches(lengths, batch_size * window, equal=True), task.task, leave=False, disable=None):
+    for batch in tqdm(batches(lengths, batch_size * seq_len, equal=True), task.task, leave=False, disable=None):
         written, cache = [[] for _ in batch], model.new_cache()
         fresh = torch.tensor([prompts[i] for i in batch], device=device)  # [B, T], after that [B, 1]
-        for _ in range(min(task.max_new, window - fresh.shape[1])):
+        for _ in range(min(task.max_new, seq_len - fresh.shape[1])):
             with autocast:
                 logits = logits_at(model, fresh, slice(None), -1, cache)  # [B, V]
             fresh = logits[:, : encoding.n_vocab].argmax(dim=-1, keepdim=True)  # V may be padded beyond the tokens
@@ -271,12 +280,12 @@ def likeliest(scores: list[float]) -> int:
     return max(range(len(scores)), key=lambda i: scores[i])
 
 
-def score_choices(model, encoding, task, window: int, *how) -> dict[str, list[bool]]:
+def score_choices(model, encoding, task: Task, seq_len: int, batch_size: int, autocast) -> dict[str, list[bool]]:
     """For every question, is the likeliest choice the right one? acc: by log p. acc_norm: by log p per character, not
     counting one leading blank, so that long choices are not punished for their length."""
-    texts = zip(prompts(task, encoding, window), task.questions)
+    texts = zip(prompts(task, encoding, room=seq_len), task.questions)
     pairs = [encode_pair(encoding, text, choice) for text, q in texts for choice in q["choices"]]
-    sums = iter(log_likelihoods(model, pairs, window, *how, task.task))
+    sums = iter(log_likelihoods(model, pairs, seq_len, batch_size, autocast, label=task.task))
     acc, acc_norm = [], []
     for q in task.questions:
         log_p = [next(sums) for _ in q["choices"]]
@@ -286,17 +295,17 @@ def score_choices(model, encoding, task, window: int, *how) -> dict[str, list[bo
     return dict(acc=acc, acc_norm=acc_norm)
 
 
-def score_writing(model, encoding, task, window: int, *how) -> dict[str, list[bool]]:
+def score_writing(model, encoding, task: Task, seq_len: int, batch_size: int, autocast) -> dict[str, list[bool]]:
     """For every question, does what the model writes match? A prompt that leaves no room for it is cut at the left."""
-    room = max(window - task.max_new, window // 2)
+    room = max(seq_len - task.max_new, seq_len // 2)
     ids = [encoding.encode_ordinary(text)[-room:] or [separator(encoding)] for text in prompts(task, encoding, room)]
-    written = write_answers(model, encoding, ids, task, window, *how)
+    written = write_answers(model, encoding, ids, task, seq_len, batch_size, autocast)
     return dict(acc=[is_right(text, q["answers"], task.match) for text, q in zip(written, task.questions)])
 
 
-def score_tasks(model, encoding, tasks: list, window: int, batch_size: int, autocast) -> dict:
+def score_tasks(model, encoding, tasks: list[Task], seq_len: int, batch_size: int, autocast) -> dict:
     """The scores of any Transformer on tasks of read_tasks. A quantized one too: values are rounded token by token, so
-    that batches and padding change nothing. A batch has at most batch_size * window tokens.
+    that batches and padding change nothing. A batch has at most batch_size * seq_len tokens.
 
     Returns `tasks`: name -> n, acc, acc_norm (mc), score (acc_norm if there is one, else acc) with its stderr, and the
     score of every group if there are groups; `benchmarks`: the mean score of the tasks of each; `average`: their mean.
@@ -304,7 +313,7 @@ def score_tasks(model, encoding, tasks: list, window: int, batch_size: int, auto
     results, columns = {}, {}
     for task in tasks:
         score = score_choices if task.questions[0]["type"] == "mc" else score_writing
-        right, n, groups = score(model, encoding, task, window, batch_size, autocast), len(task.questions), {}
+        right, n, groups = score(model, encoding, task, seq_len, batch_size, autocast), len(task.questions), {}
         means = {name: sum(values) / n for name, values in right.items()}
         p, counted = list(means.values())[-1], list(right.values())[-1]
         for q, value in zip(task.questions, counted):

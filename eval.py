@@ -701,7 +701,7 @@ def check_quantization(args, error):
 
 def main(argv=None):
     parser = build_parser()
-    args = parser.parse(sys.argv[1:] if argv is None else argv)
+    args = parser.parse(argv)
     check(args, parser.error)
     args.device = pick_device(args.device, parser.error)
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")

@@ -3,6 +3,8 @@
     load_llama(directory)              any LLaMA checkpoint as our Transformer; then eval.py and quantize.py take it
     save_llama(model, directory, ...)  any model of ours as transformers, vLLM and llama.cpp's converter read it
 
+No command of its own: `python quantize.py TARGET --hf DIR` saves, and wherever a TARGET is asked for, DIR is loaded.
+
 A directory holds config.json (the shape), *.safetensors (the weights, in one file or in several with an index beside
 them), tokenizer.json, tokenizer_config.json. The weights need no arithmetic: our RoPE turns the same pairs of channels
 as Hugging Face's, so tensors only change their names. What our model cannot be is refused by name.
@@ -15,14 +17,14 @@ from pathlib import Path
 
 import torch
 
+from cli import extra, read_log, write_whole
 from data.bpe import encoding_from_json, json_from_encoding
 from data.tokens import TOKENIZER_JSON, read_tokenizer_json, separator, tokenizer_of
 from model import Config, Transformer
 
 try:
-    import safetensors
     import safetensors.torch
-except ImportError:  # optional: only who reads or writes such a directory needs it
+except ImportError:  # optional: only who loads or saves such a directory needs it, and extra() says so there
     safetensors = None
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -31,7 +33,8 @@ SHARD_BYTES = 5 * 10**9  # of a file of weights, about
 SEQ_LEN = 2048  # to measure on, where a model from elsewhere could read longer texts
 KEPT = ("max_position_embeddings", "bos_token_id", "eos_token_id")  # of a config.json that is read and written again
 
-# Our name of a tensor becomes Hugging Face's by these replacements, in this order.
+# Our name of a tensor becomes Hugging Face's by these replacements, in this order: "norm.gain", the final norm's, comes
+# after those of the blocks, since "attn_norm.gain" ends in it.
 RENAME = {
     "embed.": "model.embed_tokens.",
     "blocks.": "model.layers.",
@@ -48,11 +51,6 @@ def their_name(name: str) -> str:
     for ours, theirs in RENAME.items():
         name = name.replace(ours, theirs)
     return name
-
-
-def need_safetensors():
-    if safetensors is None:
-        raise ImportError("Hugging Face directories need safetensors: pip install -r requirements-extra.txt")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,17 +149,13 @@ def weight_files(directory: Path) -> dict[str, Path]:
     return files
 
 
-def load_model(directory, device="cpu") -> Transformer:
-    """The weights of a Hugging Face LLaMA directory, in the precision they have. On a CPU they stay in the files, which
-    are mapped into memory: one copy. Raises FileNotFoundError, ValueError, and ImportError without safetensors."""
-    need_safetensors()
-    directory = Path(directory)
-    config = our_config(read_json(directory / "config.json"), directory / "config.json")
-    with torch.device("meta"):  # a skeleton without memory, which then takes over the tensors
-        model = Transformer(config)
+def load_weights(model: Transformer, directory: Path, device):
+    """Give a model on the meta device the tensors of a Hugging Face LLaMA directory, in the precision they have. On a
+    CPU they stay in the files, which are mapped into memory: one copy. Raises FileNotFoundError and ValueError."""
+    tied = model.config.tie_embeddings
     wanted = {their_name(name): (name, W.shape) for name, W in model.state_dict().items()}
     files = {name: path for name, path in weight_files(directory).items() if not name.endswith("rotary_emb.inv_freq")}
-    if config.tie_embeddings:  # the embedding is the head; some directories hold it twice
+    if tied:  # the embedding is the head; some directories hold it twice
         wanted.pop("lm_head.weight"), files.pop("lm_head.weight", None)
     lost, unknown = wanted.keys() - files, files.keys() - wanted
     if lost or unknown:
@@ -178,38 +172,47 @@ def load_model(directory, device="cpu") -> Transformer:
                 if found.get_shape() != list(shape):
                     raise ValueError(f"{path}: {name} is {found.get_shape()}, but config.json makes it {list(shape)}")
                 weights[ours] = file.get_tensor(name).to(device)
-    if config.tie_embeddings:
+    if tied:
         weights["head.weight"] = weights["embed.weight"]
     model.load_state_dict(weights, assign=True)
-    if config.tie_embeddings:
+    if tied:
         model.head.weight = model.embed.weight
-    return model.eval()
 
 
 def load_llama(directory, device="cpu"):
     """(model, options, data) of a Hugging Face LLaMA directory; the latter two as in a checkpoint of train.py, as far
-    as they can be known: tokenizer_of(data) is its tokenizer. Raises what load_model does."""
+    as they can be known: tokenizer_of(data) is its tokenizer.
+
+    Raises FileNotFoundError and ValueError for a directory that cannot be used, ImportError without safetensors.
+    """
+    extra("safetensors.torch", "a Hugging Face directory")
     directory = Path(directory)
-    model = load_model(directory, device)
+    theirs = read_json(directory / "config.json")
+    config = our_config(theirs, directory / "config.json")
+    with torch.device("meta"):  # a skeleton without memory, which then takes over the tensors
+        model = Transformer(config)
+    load_weights(model, directory, device)
     if not (directory / TOKENIZER_JSON).is_file():
         raise FileNotFoundError(f"{directory} has no {TOKENIZER_JSON}, so its tokenizer is not known")
     data = {"tokenizer": TOKENIZER_JSON, "tokenizer_json": read_tokenizer_json(directory)}
-    encoding = encoding_from_json(data["tokenizer_json"], directory / TOKENIZER_JSON)
-    if encoding.n_vocab > model.config.vocab_size:
-        n = model.config.vocab_size
+    encoding, n = encoding_from_json(data["tokenizer_json"], directory / TOKENIZER_JSON), config.vocab_size
+    if encoding.n_vocab > n:
         raise ValueError(f"{directory}: the tokenizer has {encoding.n_vocab:,} ids, but the model has only {n:,}")
-    theirs = read_json(directory / "config.json")
     kept = {name: theirs[name] for name in KEPT if name in theirs}
     longest = kept.get("max_position_embeddings")
     seq_len = min(longest, SEQ_LEN) if type(longest) is int and longest > 1 else SEQ_LEN
-    return model, {"imported": directory.resolve().name, "seq_len": seq_len, "config": kept}, data
+    return model.eval(), {"imported": directory.resolve().name, "seq_len": seq_len, "hf_config": kept}, data
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Out
 
 
-def their_config(config: Config, seq_len: int, dtype, separator: int) -> dict:
+def as_json(content: dict) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def their_config(config: Config, seq_len: int, dtype, endoftext: int) -> dict:
     """The contents of config.json, in the spelling that old and new versions of transformers understand."""
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -230,8 +233,8 @@ def their_config(config: Config, seq_len: int, dtype, separator: int) -> dict:
         "mlp_bias": False,
         "attention_dropout": 0.0,
         "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": separator,  # stands before every document, and so also where one ends
-        "eos_token_id": separator,
+        "bos_token_id": endoftext,  # stands before every document, and so also where one ends
+        "eos_token_id": endoftext,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
     }
@@ -254,23 +257,19 @@ def write_weights(model, directory: Path, shard_bytes: int):
     if len(shards) > 1:
         total = sum(W.nbytes for shard in shards for W in shard.values())
         weight_map = {n: name for name, shard in zip(names, shards) for n in shard}
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def write_json(path: Path, content: dict):
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_whole(directory / INDEX, as_json({"metadata": {"total_size": total}, "weight_map": weight_map}))
 
 
 def write_tokenizer(directory: Path, data: dict, seq_len: int):
     """tokenizer.json, as it was or made from tiktoken's Encoding, and what AutoTokenizer needs beside it."""
     encoding = tokenizer_of(data)
     text = data["tokenizer_json"] if encoding.name == TOKENIZER_JSON else json_from_encoding(encoding)
-    (directory / TOKENIZER_JSON).write_text(text, encoding="utf-8", newline="")
+    write_whole(directory / TOKENIZER_JSON, text)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": seq_len}
     config |= {"clean_up_tokenization_spaces": False}
     if "<|endoftext|>" in encoding.special_tokens_set:  # bytes have none: their separator 0 is no text
         config |= {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
-    write_json(directory / "tokenizer_config.json", config)
+    write_whole(directory / "tokenizer_config.json", as_json(config))
 
 
 CARD = """---
@@ -320,15 +319,7 @@ def model_card(name: str, model, options: dict, data: dict, evaluation: dict | N
 
 def last_evaluation(log: Path, step: int) -> dict | None:
     """The last record with a validation loss in a run's log.jsonl up to `step`; None if there is no such."""
-    found = None
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []:
-        try:
-            record = json.loads(line)
-            if "val_loss" in record and record["step"] <= step:
-                found = record
-        except (ValueError, TypeError, KeyError):  # a line torn by a crash
-            pass
-    return found
+    return next((r for r in reversed(read_log(log)) if "val_loss" in r and r["step"] <= step), None)
 
 
 def save_llama(model, directory, options: dict, data: dict, evaluation=None, shard_bytes: int = SHARD_BYTES):
@@ -338,7 +329,7 @@ def save_llama(model, directory, options: dict, data: dict, evaluation=None, sha
     Raises FileExistsError if `directory` is there, OSError if it cannot be written, ValueError for a quantized model or
     a tokenizer that Hugging Face's library cannot have, ImportError without safetensors.
     """
-    need_safetensors()
+    extra("safetensors.torch", "a Hugging Face directory")
     directory = Path(directory)
     if directory.exists() or directory.is_symlink():
         raise FileExistsError(f"{directory} exists; remove it, or name another place")
@@ -349,13 +340,11 @@ def save_llama(model, directory, options: dict, data: dict, evaluation=None, sha
     temporary = directory.with_name(f"{directory.name}.tmp-{os.getpid()}")
     try:
         temporary.mkdir()
-        first = separator(tokenizer_of(data))
-        dtype = model.embed.weight.dtype
         write_tokenizer(temporary, data, options["seq_len"])
-        config = their_config(model.config, options["seq_len"], dtype, first)
-        write_json(temporary / "config.json", config | options.get("config", {}))
-        card = model_card(directory.name, model, options, data, evaluation)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        endoftext, dtype = separator(tokenizer_of(data)), model.embed.weight.dtype
+        config = their_config(model.config, options["seq_len"], dtype, endoftext)
+        write_whole(temporary / "config.json", as_json(config | options.get("hf_config", {})))
+        write_whole(temporary / "README.md", model_card(directory.name, model, options, data, evaluation))
         write_weights(model, temporary, shard_bytes)
         os.rename(temporary, directory)
     except (OSError, safetensors.SafetensorError) as error:

@@ -8,7 +8,6 @@
     bits.png             loss against the bits of weights and of activations, with --sweep (Figure 4)
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ matplotlib.use("Agg")  # files, no window
 import matplotlib.pyplot as plt
 from matplotlib.colors import LogNorm
 
+from cli import read_log
 from eval import SWEEP, SinkWatch, Target, attention_sinks, load_target, sites, strongest_sink
 
 # One colour, line and marker per configuration, the same in every figure; told apart in grey by line and marker.
@@ -53,7 +53,7 @@ class Picture:
     @classmethod
     def of(cls, target: Target, result: dict, dataset, autocast) -> "Picture":
         path = (target.path if target.path.is_dir() else target.path.parent) / "log.jsonl"
-        log = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        log = read_log(path)
         state = max(range(len(result["kurtosis_per_layer"])), key=result["kurtosis_per_layer"].__getitem__)
         window = torch.from_numpy(dataset.windows(dataset.evaluation_windows(1)))[:, :-1]
         kept = []

@@ -856,7 +856,7 @@ def load_trained(target, device):
 
 def main(argv=None):
     parser = build_parser()
-    args = parser.parse(sys.argv[1:] if argv is None else argv)
+    args = parser.parse(argv)
     check(args, parser.error, parser.get_default)
     device = pick_device(args.device, parser.error)
     try:

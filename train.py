@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from cli import Parser, first, peak_memory_gib, pick_device, precision
+from cli import Parser, first, peak_memory_gib, pick_device, precision, write_whole
 from data.prepare import prepare
 from data.tokens import Dataset, find_dataset, read_meta
 from eval import evaluate
@@ -279,13 +279,6 @@ def model_config(opt, vocab_size: int) -> Config:
             f"use --vocab-size {rounded}"
         )
     return Config(**shape)
-
-
-def write_whole(path: Path, text: str):
-    """Write a small file under a temporary name, then rename it: a kill leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 class Run:
@@ -563,7 +556,7 @@ def main(argv=None):
     began = time.perf_counter()
     try:
         parser = build_parser()
-        opt = parser.parse(sys.argv[1:] if argv is None else argv)
+        opt = parser.parse(argv)
 
         def say(text):
             if first():

@@ -14,17 +14,20 @@ of its details are odd, and only kept with --osp-exact, which a comparison with 
 The data layout is that of the datasets on the Hugging Face hub; what the files look like afterwards says benchmarks.py.
 """
 
-import argparse
 import gzip
 import json
-import os
 import re
 import string
 import sys
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs as a script from any directory
+
 from tqdm import tqdm
+
+from cli import Parser, extra, write_whole
+from data.sources import download
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Converters: a row of the dataset -> a question. `exact` asks for the oddities.
@@ -99,8 +102,8 @@ def winogrande(row, exact):
     return mc(before, choices, int(row["answer"]) - 1)
 
 
-class Source(NamedTuple):
-    """Where a benchmark lies on the hub, and how it is asked."""
+class Origin(NamedTuple):
+    """Where a task comes from on the hub, and how it is asked."""
 
     benchmark: str  # the paper's name for its column
     convert: Callable
@@ -112,20 +115,20 @@ class Source(NamedTuple):
 
 
 STOP = ["Question:", "Question"]
-SOURCES = {
-    "arc_easy": Source("ARC", arc, "allenai/ai2_arc", "ARC-Easy", "test", 2376),
-    "arc_challenge": Source("ARC", arc, "allenai/ai2_arc", "ARC-Challenge", "test", 1172),
-    "commonsense_qa": Source("CSQA", commonsense_qa, "tau/commonsense_qa", "default", "validation", 1221),
-    "gsm8k": Source("GSM8K", gsm8k, "openai/gsm8k", "main", "test", 1319,
+ORIGINS = {
+    "arc_easy": Origin("ARC", arc, "allenai/ai2_arc", "ARC-Easy", "test", 2376),
+    "arc_challenge": Origin("ARC", arc, "allenai/ai2_arc", "ARC-Challenge", "test", 1172),
+    "commonsense_qa": Origin("CSQA", commonsense_qa, "tau/commonsense_qa", "default", "validation", 1221),
+    "gsm8k": Origin("GSM8K", gsm8k, "openai/gsm8k", "main", "test", 1319,
                     dict(shots=8, max_new=256, stop=STOP, match="number")),
-    "hellaswag": Source("HS", hellaswag, "Rowan/hellaswag", "default", "validation", 10042),
-    "mmlu": Source("MMLU", mmlu, "cais/mmlu", "all", "test", 14042),
-    "openbook_qa": Source("OBQA", openbook_qa, "allenai/openbookqa", "main", "validation", 500),
-    "piqa": Source("PIQA", piqa, "ybisk/piqa", "plain_text", "validation", 1838),
-    "siqa": Source("SIQA", siqa, "lighteval/siqa", "default", "validation", 1954),
-    "trivia_qa": Source("TQA", trivia_qa, "mandarjoshi/trivia_qa", "rc.nocontext", "validation", None,
+    "hellaswag": Origin("HS", hellaswag, "Rowan/hellaswag", "default", "validation", 10042),
+    "mmlu": Origin("MMLU", mmlu, "cais/mmlu", "all", "test", 14042),
+    "openbook_qa": Origin("OBQA", openbook_qa, "allenai/openbookqa", "main", "validation", 500),
+    "piqa": Origin("PIQA", piqa, "ybisk/piqa", "plain_text", "validation", 1838),
+    "siqa": Origin("SIQA", siqa, "lighteval/siqa", "default", "validation", 1954),
+    "trivia_qa": Origin("TQA", trivia_qa, "mandarjoshi/trivia_qa", "rc.nocontext", "validation", None,
                         dict(shots=5, max_new=20, stop=STOP, match="alias")),
-    "winogrande": Source("WG", winogrande, "allenai/winogrande", "winogrande_xl", "validation", 1267),
+    "winogrande": Origin("WG", winogrande, "allenai/winogrande", "winogrande_xl", "validation", 1267),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,92 +138,74 @@ SOURCES = {
 def read_rows(path: Path):
     """The rows of a file, one by one, as dicts. Raises OSError, ValueError and ImportError."""
     if path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError as error:
-            raise ImportError(f"{path}: parquet needs pyarrow: pip install -r requirements-extra.txt") from error
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
+        for batch in extra("pyarrow.parquet", path.name).ParquetFile(path).iter_batches(1024):
             yield from batch.to_pylist()
     else:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             yield from (json.loads(line) for line in file if line.strip())
 
 
-def fetch(source: Source, split: str) -> Path:
-    """One split, from the hub's own parquet copy, which it keeps of every dataset in one layout; cached by
-    huggingface_hub. Raises ImportError and ConnectionError."""
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        raise ImportError("--hub needs huggingface_hub: pip install -r requirements-extra.txt") from error
-    name = f"{source.subset}/{split}/0000.parquet"
-    try:
-        return Path(hf_hub_download(source.dataset, name, repo_type="dataset", revision="refs/convert/parquet"))
-    except Exception as error:  # any kind of network error, and there are many
-        reason = str(error).strip().splitlines()[0]
-        raise ConnectionError(f"{source.dataset} {name} could not be fetched ({reason})") from error
+def fetch(origin: Origin, split: str) -> Path:
+    """One split, from the hub's own parquet copy, which it keeps of every dataset in one layout; cached. Raises what
+    download() does."""
+    return download(origin.dataset, f"{origin.subset}/{split}/0000.parquet", revision="refs/convert/parquet")
 
 
 def convert(task: str, files: list[Path], out: Path, exact: bool, settings: dict | None = None) -> int:
     """Write the questions in `files` to `out`, whole or not at all, after a line of `settings`. Returns their number.
     Raises ValueError, with file and row, for a row that does not fit."""
+    questions = []
+    for path in files:
+        before = len(questions)
+        try:
+            for row in tqdm(read_rows(path), task, leave=False, disable=None):
+                questions.append(json.dumps(ORIGINS[task].convert(row, exact), ensure_ascii=False))
+        except (ValueError, LookupError, TypeError, AttributeError, EOFError, gzip.BadGzipFile) as error:
+            row = len(questions) - before + 1
+            raise ValueError(f"{path}, row {row}, does not fit {task}: {error!r}") from error
+    if not questions:
+        raise ValueError(f"{', '.join(map(str, files))}: no rows")
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary, n = out.with_name(out.name + ".tmp"), 0
-    try:
-        with open(temporary, "w", encoding="utf-8") as target:
-            if settings:
-                target.write(json.dumps(settings) + "\n")
-            for path in files:
-                number = 1
-                try:
-                    for row in tqdm(read_rows(path), task, leave=False, disable=None):
-                        target.write(json.dumps(SOURCES[task].convert(row, exact), ensure_ascii=False) + "\n")
-                        number += 1
-                except (ValueError, LookupError, TypeError, AttributeError, EOFError, gzip.BadGzipFile) as error:
-                    raise ValueError(f"{path}, row {number}, does not fit {task}: {error!r}") from error
-                n += number - 1
-        if not n:
-            raise ValueError(f"{', '.join(map(str, files))}: no rows")
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return n
+    head = [json.dumps(settings)] if settings else []
+    write_whole(out, "\n".join([*head, *questions, ""]))
+    return len(questions)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
-    add = parser.add_argument
-    add("task", metavar="TASK", choices=[*SOURCES, "all"], help=f"one of {', '.join(SOURCES)}; or all, with --hub")
+def build_parser() -> Parser:
+    p = Parser(__doc__)
+    add = p.add_argument
+    add("task", metavar="TASK", choices=[*ORIGINS, "all"], help=f"one of {', '.join(ORIGINS)}; or all, with --hub")
     add("files", nargs="*", type=Path, metavar="FILE", help="the split that is scored, as downloaded")
-    add("--train", nargs="+", type=Path, default=[], metavar="FILE", help="gsm8k, trivia_qa: the training split")
-    add("--hub", action="store_true", help="fetch the files instead (cached)")
+    add("--train", nargs="+", type=Path, default=[], metavar="FILE",
+        help="the training split, where the solved examples of gsm8k and trivia_qa come from")
+    add("--hub", action="store_true", help="fetch the files from the Hugging Face hub instead (once: it is cached)")
     add("--out", type=Path, required=True, metavar="DIR", help="where TASK.jsonl goes, and shots/TASK.jsonl")
-    add("--osp-exact", action="store_true", help="keep the oddities of the paper's evaluation")
-    return parser
+    add("--osp-exact", action="store_true",
+        help="keep the three oddities, for numbers that can be compared with the paper's")
+    return p
 
 
 def main(argv=None):
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     if args.hub == bool(args.files) or args.task == "all" and not args.hub:
         parser.error("name a TASK and its FILEs, or a TASK (or all) and --hub")
-    for task in SOURCES if args.task == "all" else [args.task]:
-        source = SOURCES[task]
-        settings = dict(task=task, benchmark=source.benchmark, **source.settings)
-        settings["source"] = f"{source.dataset} {source.subset} {source.split}" + ", osp-exact" * args.osp_exact
+    for task in ORIGINS if args.task == "all" else [args.task]:
+        origin = ORIGINS[task]
+        settings = dict(task=task, benchmark=origin.benchmark, **origin.settings)
+        settings["source"] = f"{origin.dataset} {origin.subset} {origin.split}" + ", osp-exact" * args.osp_exact
         try:
             if "shots" in settings:
                 settings["shots_from"] = f"shots/{task}.jsonl"
                 if not (args.train or args.hub):
                     parser.error(f"{task} is asked with {settings['shots']} solved examples: add --train FILE")
-                train = [fetch(source, "train")] if args.hub else args.train
+                train = [fetch(origin, "train")] if args.hub else args.train
                 convert(task, train, args.out / settings["shots_from"], args.osp_exact)
-            files = [fetch(source, source.split)] if args.hub else args.files
+            files = [fetch(origin, origin.split)] if args.hub else args.files
             n = convert(task, files, args.out / f"{task}.jsonl", args.osp_exact, settings)
         except (ValueError, OSError, ImportError) as error:
             sys.exit(f"error: {error}")
-        note = f" (the paper's split has {source.rows:,})" if source.rows not in (n, None) else ""
+        note = f" (the paper's split has {origin.rows:,})" if origin.rows not in (n, None) else ""
         print(f"{args.out / task}.jsonl: {n:,} questions{note}")
 
 

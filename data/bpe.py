@@ -10,7 +10,7 @@ Words used here: a *rank* is the id of a token that merging makes, a *special* t
 import functools
 import json
 
-import regex  # tiktoken depends on it
+import regex  # no requirement of ours, but one of tiktoken, so it is there
 import tiktoken
 
 # How each family cuts a text. SmolLM first cuts around every digit, then as GPT-2: so a digit stands alone, and blanks
@@ -24,62 +24,11 @@ _others = [byte for byte in range(256) if byte not in _printable]
 LETTER_OF = {byte: chr(byte) for byte in _printable} | {byte: chr(256 + i) for i, byte in enumerate(_others)}
 BYTE_OF = {letter: byte for byte, letter in LETTER_OF.items()}
 
-
-class ByteLevelBPE(tiktoken.Encoding):
-    """An Encoding whose vocabulary may lack some bytes, as SmolLM's lacks six control characters.
-
-    Hugging Face drops such a byte from the piece it stands in, where tiktoken would crash. encode_ordinary and
-    encode_ordinary_batch do the same here; the other ways to encode a text are tiktoken's.
-    """
-
-    def __init__(self, name: str, **parts):
-        super().__init__(name, **parts)
-        self.missing = bytes(byte for byte in range(256) if bytes([byte]) not in parts["mergeable_ranks"])
-
-    def encode_ordinary(self, text: str) -> list[int]:
-        raw = text.encode("utf-8", "replace") if self.missing else b""
-        if len(raw) == len(raw.translate(None, self.missing)):
-            return super().encode_ordinary(text)
-        pieces = (piece.encode("utf-8", "replace") for piece in cut(text, self._pat_str))
-        kept = (piece.translate(None, self.missing) for piece in pieces)
-        return [token for piece in kept if piece for token in self._encode_single_piece(piece)]
+# ---------------------------------------------------------------------------------------------------------------------
+# In
 
 
-@functools.cache
-def characters(kind: str) -> tiktoken.Encoding:
-    """An Encoding that skips all characters that are not of this kind."""
-    return tiktoken.Encoding("", pat_str=kind, mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={})
-
-
-def cut(text: str, pattern: str) -> list[str]:
-    """The pieces of `text`, which tiktoken makes but does not show. The regex package cuts alike, but may know another
-    year's Unicode; so tiktoken says which characters are letters, digits and blanks, and one of each stands for all."""
-    others = "".join({char for char in text if char > "\x7f"})
-    kinds = dict.fromkeys(map(ord, others), "\xa1")  # a sign
-    for kind, stand_in in ((r"\p{L}", "\xe9"), (r"\p{N}", "\xb2"), (r"\s", "\xa0")):
-        encoding = characters(kind)
-        kinds |= dict.fromkeys(map(ord, encoding.decode(encoding.encode_ordinary(others))), stand_in)
-    return [text[match.start() : match.end()] for match in regex.finditer(pattern, text.translate(kinds))]
-
-
-def last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The parts that `token` consists of when all merges before its own have been made: two, if it can be made."""
-    parts, own = [token[i : i + 1] for i in range(len(token))], ranks[token]
-    while len(parts) > 2:
-        found = [ranks.get(a + b, own) for a, b in zip(parts, parts[1:])]
-        if min(found) >= own:
-            break
-        i = found.index(min(found))
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
-
-
-def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, ...]]:
-    """The list of merges that tiktoken makes without having one, in its order."""
-    return [tuple(last_merge(token, ranks)) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
-
-
-def encoding_from_json(text: str, name: str = "tokenizer.json") -> ByteLevelBPE:
+def encoding_from_json(text: str, name: str = "tokenizer.json") -> tiktoken.Encoding:
     """The Encoding with the ids of the tokenizer.json whose contents are `text`.
 
     Raises ValueError, with one line that starts with `name`, for one that is not byte-level BPE as above.
@@ -91,7 +40,7 @@ def encoding_from_json(text: str, name: str = "tokenizer.json") -> ByteLevelBPE:
         raise ValueError(f"{name} cannot be used: {reason}") from error
 
 
-def _encoding(parts: dict) -> ByteLevelBPE:
+def _encoding(parts: dict) -> tiktoken.Encoding:
     model, added = parts["model"], parts.get("added_tokens") or []
     if model.get("type", "BPE") != "BPE":
         raise ValueError(f"its model is {model['type']}, not BPE")
@@ -138,6 +87,31 @@ def _pattern(pre_tokenizer) -> str:
     return SMOLLM if before else GPT2
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Merges
+
+
+def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, ...]]:
+    """The list of merges that tiktoken makes without having one, in its order."""
+    return [tuple(last_merge(token, ranks)) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+
+
+def last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The parts that `token` consists of when all merges before its own have been made: two, if it can be made."""
+    parts, own = [token[i : i + 1] for i in range(len(token))], ranks[token]
+    while len(parts) > 2:
+        found = [ranks.get(a + b, own) for a, b in zip(parts, parts[1:])]
+        if min(found) >= own:
+            break
+        i = found.index(min(found))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out
+
+
 def json_from_encoding(encoding: tiktoken.Encoding) -> str:
     """A tokenizer.json with the ids of "bytes" or of one of tiktoken's Encodings that cut text as GPT-2 does.
 
@@ -176,3 +150,44 @@ def json_from_encoding(encoding: tiktoken.Encoding) -> str:
             "merges": [f"{spelled(a)} {spelled(b)}" for a, b in merges_of(ranks)],
         },
     }, ensure_ascii=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vocabularies that lack bytes
+
+
+class ByteLevelBPE(tiktoken.Encoding):
+    """An Encoding whose vocabulary may lack some bytes, as SmolLM's lacks six control characters.
+
+    Hugging Face drops such a byte from the piece it stands in, where tiktoken would crash. encode_ordinary and
+    encode_ordinary_batch do the same here; the other ways to encode a text are tiktoken's.
+    """
+
+    def __init__(self, name: str, **parts):
+        super().__init__(name, **parts)
+        self.missing = bytes(byte for byte in range(256) if bytes([byte]) not in parts["mergeable_ranks"])
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        raw = text.encode("utf-8", "replace") if self.missing else b""
+        if len(raw) == len(raw.translate(None, self.missing)):
+            return super().encode_ordinary(text)
+        pieces = (piece.encode("utf-8", "replace") for piece in cut(text, self._pat_str))
+        kept = (piece.translate(None, self.missing) for piece in pieces)
+        return [token for piece in kept if piece for token in self._encode_single_piece(piece)]
+
+
+def cut(text: str, pattern: str) -> list[str]:
+    """The pieces of `text`, which tiktoken makes but does not show. The regex package cuts alike, but may know another
+    year's Unicode; so tiktoken says which characters are letters, digits and blanks, and one of each stands for all."""
+    others = "".join({char for char in text if char > "\x7f"})
+    kinds = dict.fromkeys(map(ord, others), "\xa1")  # a sign
+    for kind, stand_in in ((r"\p{L}", "\xe9"), (r"\p{N}", "\xb2"), (r"\s", "\xa0")):
+        encoding = characters(kind)
+        kinds |= dict.fromkeys(map(ord, encoding.decode(encoding.encode_ordinary(others))), stand_in)
+    return [text[match.start() : match.end()] for match in regex.finditer(pattern, text.translate(kinds))]
+
+
+@functools.cache
+def characters(kind: str) -> tiktoken.Encoding:
+    """An Encoding that skips all characters that are not of this kind."""
+    return tiktoken.Encoding("", pat_str=kind, mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={})

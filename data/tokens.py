@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from cli import write_whole
 from data.bpe import encoding_from_json
 
 MAGIC, VERSION, HEADER = 20240520, 1, 256  # llm.c's; HEADER counts int32
@@ -76,6 +77,14 @@ def separator(encoding: tiktoken.Encoding) -> int:
         return encoding.encode_single_token(b"\0")
     except KeyError:
         raise ValueError("the tokenizer has neither <|endoftext|> nor a byte 0 to separate documents with") from None
+
+
+def tokenizer_for_shards(name: str) -> tiktoken.Encoding:
+    """tokenizer(name). Raises ValueError also if its ids do not fit the 16 bits of a shard."""
+    encoding = tokenizer(name)
+    if encoding.n_vocab > 2**16:
+        raise ValueError(f"tokenizer {name!r} has {encoding.n_vocab:,} ids; shards hold 16-bit tokens")
+    return encoding
 
 
 def write_shard(path: Path, tokens: np.ndarray):
@@ -137,6 +146,23 @@ def find_dataset(name: str) -> Path:
     """`name` as a path, or else as a dataset prepared beside this file ("shakespeare")."""
     path = Path(name)
     return path if path.exists() or len(path.parts) > 1 else HERE / name
+
+
+def write_meta(directory: Path, tokenizer_name: str, encoding, tokens: dict, n_bytes: dict, source: str) -> dict:
+    """Write meta.json, last of a dataset's files, after a copy of the tokenizer if that is a file; returns what is in
+    it. `tokens` and `n_bytes` count per split, `source` is the sha256 of what the dataset was made from."""
+    meta = {
+        "tokenizer": encoding.name,  # of a file: tokenizer.json, which then lies beside this
+        "vocab_size": encoding.n_vocab,
+        "bytes_per_token": n_bytes["val"] / tokens["val"],  # turns validation loss into bits per byte
+        "tokens": tokens,
+        "bytes": n_bytes,
+        "source": source,
+    }
+    if encoding.name == TOKENIZER_JSON:
+        write_whole(directory / TOKENIZER_JSON, read_tokenizer_json(tokenizer_name))
+    write_whole(directory / "meta.json", json.dumps(meta, indent=2) + "\n")
+    return meta
 
 
 def read_meta(directory: Path) -> dict:

@@ -6,7 +6,6 @@ import random
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiktoken
@@ -16,7 +15,7 @@ import torch.nn as nn
 import eval as evaluation
 import train
 from benchmarks import (
-    SETTINGS,
+    Task,
     describe_tasks,
     encode_pair,
     finished_text,
@@ -34,7 +33,7 @@ from model import Config, Transformer
 from quantize import quantize
 
 BYTES = tokenizer("bytes")
-HOW = dict(window=48, batch_size=2, autocast=nullcontext())
+HOW = dict(seq_len=48, batch_size=2, autocast=nullcontext())
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,7 @@ class Chain(nn.Module):
         return Chain(logits)
 
 
-def alone(model, encoding, context, choice, window):
+def alone(model, encoding, context, choice, seq_len):
     """log p of a choice, by the rules, without batches, hooks or padding."""
     while context and context[-1].isspace():
         context, choice = context[:-1], context[-1] + choice
@@ -89,7 +88,7 @@ def alone(model, encoding, context, choice, window):
     before, after = whole[:n], whole[n:]
     if not before:
         before = [0 if encoding.name == "bytes" else encoding.eot_token]
-    ids = (before + after)[-(window + 1) :]
+    ids = (before + after)[-(seq_len + 1) :]
     with torch.no_grad():
         log_p = torch.log_softmax(model(torch.tensor([ids[:-1]]))[0].float(), dim=-1)
     return sum(log_p[t - 1, ids[t]].item() for t in range(max(1, len(ids) - len(after)), len(ids)))
@@ -100,8 +99,7 @@ def likelihoods(model, encoding, pairs, **how):
 
 
 def task(questions, **settings):
-    settings = SETTINGS | dict(task="t", benchmark="t") | settings
-    return SimpleNamespace(**dict(dict(pool=questions), **settings), questions=questions)
+    return Task(questions, **dict(dict(pool=questions, task="t", benchmark="t"), **settings))
 
 
 def mc(context, choices, gold=0, **more):
@@ -121,16 +119,16 @@ def write(path, *records):
 # Likelihood
 
 
-@pytest.mark.parametrize("window", [8, 48])
+@pytest.mark.parametrize("seq_len", [8, 48])
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_batch_scores_as_each_choice_alone(model, merging, window, batch_size):
+def test_a_batch_scores_as_each_choice_alone(model, merging, seq_len, batch_size):
     rng = random.Random(0)
     pieces = ["ab", "c", "abc", " ", "  ", " blue", "...", "..", "\n", "x", ":", " b", "é"]
     pairs = [("".join(rng.choices(pieces, k=rng.randint(0, 12))), "".join(rng.choices(pieces, k=rng.randint(1, 9))))
              for _ in range(60)]
     for encoding in (merging, BYTES):
-        want = [alone(model, encoding, *pair, window) for pair in pairs]
-        got = likelihoods(model, encoding, pairs, window=window, batch_size=batch_size)
+        want = [alone(model, encoding, *pair, seq_len) for pair in pairs]
+        got = likelihoods(model, encoding, pairs, seq_len=seq_len, batch_size=batch_size)
         assert got == pytest.approx(want, abs=1e-4)
 
 
@@ -165,12 +163,12 @@ def test_an_empty_context_becomes_the_end_of_text_token(merging):
     assert encode_pair(BYTES, "  ", "a") == ([0, 32, 32, 97], 3)
 
 
-def test_what_exceeds_the_window_is_cut_at_the_left(model):
+def test_what_exceeds_the_sequence_length_is_cut_at_the_left(model):
     short, long = [("x" * 8 + "ab", "cd")], [("far away" + "x" * 8 + "ab", "cd")]
-    assert likelihoods(model, BYTES, long, window=11) == pytest.approx(likelihoods(model, BYTES, short, window=11))
-    assert likelihoods(model, BYTES, long, window=40) != pytest.approx(likelihoods(model, BYTES, short, window=40))
-    assert likelihoods(model, BYTES, [("a", "bcdefgh")], window=3) == pytest.approx(
-        likelihoods(model, BYTES, [("e", "fgh")], window=3)
+    assert likelihoods(model, BYTES, long, seq_len=11) == pytest.approx(likelihoods(model, BYTES, short, seq_len=11))
+    assert likelihoods(model, BYTES, long, seq_len=40) != pytest.approx(likelihoods(model, BYTES, short, seq_len=40))
+    assert likelihoods(model, BYTES, [("a", "bcdefgh")], seq_len=3) == pytest.approx(
+        likelihoods(model, BYTES, [("e", "fgh")], seq_len=3)
     )
 
 
@@ -275,7 +273,7 @@ def test_writing_ends_at_a_stop_string_the_end_of_text_or_max_new():
     assert write_answers(Chain.writing("abcdef\0ghijkl"), BYTES, [[97]], ask, **HOW) == ["bcdef"]
     ask.max_new = 3
     assert write_answers(Chain.writing("abcdefghijkl"), BYTES, [[97]], ask, **HOW) == ["bcd"]
-    assert write_answers(Chain.writing("abcdefghijkl"), BYTES, [[97] * 46], ask, **HOW) == ["bc"]  # the window ends
+    assert write_answers(Chain.writing("abcdefghijkl"), BYTES, [[97] * 46], ask, **HOW) == ["bc"]  # seq_len is full
 
 
 def test_the_number_after_four_hashes_is_the_answer():
@@ -372,7 +370,7 @@ def test_a_bad_line_is_named_with_its_file(tmp_path, line, words):
 
 @pytest.mark.parametrize("settings, words", [
     (dict(task="t", shot=3), "line 1: unknown setting 'shot'"),
-    (dict(shots="3"), "shots must be a int, not '3'"),
+    (dict(shots="3"), "shots must be a whole number, 0 or more, not '3'"),
     (dict(shots=-1), "not -1"),
     (dict(stop=["a", ""]), "stop must be a list of strings"),
     (dict(match="fuzzy"), "match 'fuzzy' must be 'alias' or 'number'"),
@@ -519,12 +517,12 @@ EXACT = PLAIN | {
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_of_the_dataset_becomes_a_question(name):
-    assert data.SOURCES[name].convert(json.loads(json.dumps(ROWS[name])), False) == PLAIN[name]
-    assert data.SOURCES[name].convert(json.loads(json.dumps(ROWS[name])), True) == EXACT[name]
+    assert data.ORIGINS[name].convert(json.loads(json.dumps(ROWS[name])), False) == PLAIN[name]
+    assert data.ORIGINS[name].convert(json.loads(json.dumps(ROWS[name])), True) == EXACT[name]
 
 
 def test_the_ten_benchmarks_are_the_papers_columns():
-    columns = list(dict.fromkeys(source.benchmark for source in data.SOURCES.values()))
+    columns = list(dict.fromkeys(origin.benchmark for origin in data.ORIGINS.values()))
     assert columns == "ARC CSQA GSM8K HS MMLU OBQA PIQA SIQA TQA WG".split()
 
 
@@ -555,7 +553,7 @@ def test_all_ten_are_converted_from_files_and_scored(tmp_path, model, exact, cap
     assert found["gsm8k"].stop == ["Question:", "Question"] and len(found["gsm8k"].pool) == 9
     shown = prompts(found["trivia_qa"], BYTES, 1000)[0]
     assert shown.count("Answer:ny\n\n" if exact else "Answer: New York\n\n") == 5 and shown.endswith("Answer:")
-    result = score_tasks(model, BYTES, tasks, window=64, batch_size=8, autocast=nullcontext())
+    result = score_tasks(model, BYTES, tasks, seq_len=64, batch_size=8, autocast=nullcontext())
     assert len(result["tasks"]) == 11 and len(result["benchmarks"]) == 10
     assert all(t["n"] == 9 for t in result["tasks"].values())
 
@@ -585,7 +583,8 @@ def test_rows_that_do_not_fit_are_named_and_nothing_half_written(tmp_path, capsy
 def test_hub_fetches_the_split_and_the_training_split(tmp_path, capsys, monkeypatch):
     hub, asked = pytest.importorskip("huggingface_hub"), []
 
-    def download(dataset, name, repo_type, revision):
+    def download(dataset, name, repo_type, revision, local_dir):
+        assert local_dir is None  # then it is cached
         asked.append((dataset, name, repo_type, revision))
         return write(tmp_path / "fetched.jsonl", *[ROWS["trivia_qa"]] * 6)
 
@@ -596,12 +595,16 @@ def test_hub_fetches_the_split_and_the_training_split(tmp_path, capsys, monkeypa
     (task,) = read_tasks([tmp_path / "out"])
     assert len(task.questions) == len(task.pool) == 6
 
+    waits = []
+
     def offline(*args, **kwargs):
         raise OSError("no network\nand more")
 
     monkeypatch.setattr(hub, "hf_hub_download", offline)
+    monkeypatch.setattr("data.sources.time.sleep", waits.append)
     message = fails(capsys, "piqa", "--hub", "--out", tmp_path / "out")
-    assert message == "error: ybisk/piqa plain_text/validation/0000.parquet could not be fetched (no network)"
+    assert "error: ybisk/piqa/plain_text/validation/0000.parquet could not be fetched (OSError: no network)" in message
+    assert len(waits) == 5 and "\n" not in message
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "pip install -r requirements-extra.txt" in fails(capsys, "piqa", "--hub", "--out", tmp_path / "out")
 

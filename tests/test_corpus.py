@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import resource
 import shutil
@@ -125,8 +126,8 @@ def bpe(monkeypatch):
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     special = {"<|endoftext|>": 300}
     encoding = tiktoken.Encoding("r50k_base", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    for module in (corpus, sources):
-        monkeypatch.setattr(module, "tokenizer", lambda name: encoding)
+    monkeypatch.setattr(corpus, "tokenizer_for_shards", lambda name: encoding)
+    monkeypatch.setattr(sources, "tokenizer", lambda name: encoding)
     return encoding
 
 
@@ -208,10 +209,10 @@ def test_blocks_of_any_size_give_the_documents_of_prepare(tmp_path, monkeypatch)
 def test_a_huge_text_without_separators_streams_and_loses_nothing(tmp_path, unit):
     (tmp_path / "a.txt").write_text(unit * (10_000_000 // len(unit.encode())), encoding="utf-8")
     rest, longest, n = 0, 0, 0
-    for position, block in sources.read_blocks(tmp_path / "a.txt", "text"):
-        assert position == rest
+    for offset, block in sources.read_blocks(tmp_path / "a.txt", "text"):
+        assert offset == rest
         rest, longest, n = rest + len(block), max(longest, len(block)), n + 1
-        assert len(sources.documents("a.txt", position, block, "text")) == 1  # decodes: no character is cut
+        assert len(sources.documents("a.txt", offset, block, "text")) == 1  # decodes: no character is cut
     assert rest == (tmp_path / "a.txt").stat().st_size and longest <= 2 * sources.BLOCK and n >= 5
 
 
@@ -277,7 +278,7 @@ def test_a_crash_at_any_moment_is_continued_to_identical_bytes(mixture, tmp_path
         monkeypatch.setattr(module, name, operation)
 
     countdown = 10**9
-    for operation in ((corpus, "write_shard"), (corpus.os, "replace"), (Path, "unlink"), (corpus, "write_json")):
+    for operation in ((corpus, "write_shard"), (os, "replace"), (Path, "unlink"), (corpus, "write_whole")):
         before(*operation)
     for n in (*range(1, 60, 2), 97, 151, 202):
         countdown, out = n, tmp_path / f"out{n}"
@@ -431,7 +432,7 @@ def test_nothing_to_read(tmp_path, fails):
         ("folder", "no .parquet"),
         ("empty.txt", "no documents"),
         ("blank.jsonl", "no documents"),
-        ("short.txt", "too little"),
+        ("short.txt", "use data/prepare.py"),
     ):
         fails(["--text", tmp_path / name, "--out", tmp_path / "out"], word)
         assert not (tmp_path / "out").exists()
@@ -529,3 +530,10 @@ def test_a_hub_that_does_not_answer_or_has_no_such_folder(hub, tmp_path, monkeyp
     assert not (tmp_path / "out").exists()
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     fails(["--hub", "some/corpus", "--out", tmp_path / "out"], "huggingface_hub", "requirements-extra.txt")
+
+
+def test_without_pyarrow_one_line_says_what_to_install(tmp_path, monkeypatch, fails):
+    write_parquet(tmp_path / "a.parquet", made_up(5))
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    fails(["--text", tmp_path / "a.parquet", "--out", tmp_path / "out"], "a.parquet needs pyarrow: pip install")
+    assert not (tmp_path / "out").exists()

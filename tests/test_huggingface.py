@@ -5,6 +5,7 @@ import glob
 import json
 import pickle
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from data.bpe import LETTER_OF, encoding_from_json, json_from_encoding, merges_o
 from data.prepare import prepare
 from data.tokens import Dataset, read_meta, separator, tokenizer, tokenizer_of
 from eval import generate
-from huggingface import load_llama, load_model, save_llama
+from huggingface import load_llama, save_llama
 from model import load_checkpoint
 
 transformers = pytest.importorskip("transformers")
@@ -291,7 +292,7 @@ def greedy(theirs, prompt, n):
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_equal_those_of_transformers(name, tmp_path):
     theirs = hf_model(tmp_path / "m", **MODELS[name])
-    ours = load_model(tmp_path / "m")
+    ours = load_llama(tmp_path / "m")[0]
     assert same_logits(ours, theirs) and ours.config.tie_embeddings == theirs.config.tie_word_embeddings
     prompt = some_tokens(256, 20)[0].tolist()
     assert list(generate(ours, prompt, 30, 100, temperature=0)) == greedy(theirs, prompt, 30)
@@ -299,13 +300,13 @@ def test_logits_equal_those_of_transformers(name, tmp_path):
 
 def test_long_texts_agree_too(tmp_path):
     theirs = hf_model(tmp_path / "m", max_position_embeddings=2048, num_hidden_layers=1)
-    assert same_logits(load_model(tmp_path / "m"), theirs, T=2000)
+    assert same_logits(load_llama(tmp_path / "m")[0], theirs, T=2000)
 
 
 def test_sharded_files_are_read(tmp_path):
     theirs = hf_model(tmp_path / "m", max_shard_size="100KB", num_key_value_heads=2)
     assert len(list((tmp_path / "m").glob("*.safetensors"))) > 3
-    assert same_logits(load_model(tmp_path / "m"), theirs)
+    assert same_logits(load_llama(tmp_path / "m")[0], theirs)
 
 
 def test_the_older_spelling_of_config_json_is_read(tmp_path):
@@ -314,16 +315,16 @@ def test_the_older_spelling_of_config_json_is_read(tmp_path):
     del old["rope_parameters"], old["dtype"]
     old |= {"rope_theta": 500000.0, "rope_scaling": None, "torch_dtype": "float32", "head_dim": None}
     (tmp_path / "m/config.json").write_text(json.dumps(old))
-    assert same_logits(load_model(tmp_path / "m"), theirs)
+    assert same_logits(load_llama(tmp_path / "m")[0], theirs)
     for name in ("num_key_value_heads", "head_dim", "architectures", "mlp_bias", "attention_bias", "pretraining_tp"):
         old.pop(name, None)  # as the first LLaMA's
     (tmp_path / "m/config.json").write_text(json.dumps(old))
-    assert same_logits(load_model(tmp_path / "m"), theirs)
+    assert same_logits(load_llama(tmp_path / "m")[0], theirs)
 
 
 def test_bfloat16_stays_bfloat16(tmp_path):
     hf_model(tmp_path / "m", dtype=torch.bfloat16)
-    ours = load_model(tmp_path / "m")
+    ours = load_llama(tmp_path / "m")[0]
     assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
     assert same_logits(ours.float(), theirs)
@@ -332,7 +333,7 @@ def test_bfloat16_stays_bfloat16(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what is mapped")
 def test_loading_copies_no_weights(tmp_path):
     hf_model(tmp_path / "m")
-    model = load_model(tmp_path / "m")
+    model = load_llama(tmp_path / "m")[0]
     lines = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
     mapped = [range(*(int(end, 16) for end in line.split("-"))) for line in lines]
     assert all(any(p.data_ptr() in span for span in mapped) for p in model.parameters())
@@ -359,7 +360,7 @@ def test_what_our_model_cannot_be_is_refused_by_name(change, words, tmp_path):
     config = json.loads((tmp_path / "m/config.json").read_text())
     (tmp_path / "m/config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=words) as error:
-        load_model(tmp_path / "m")
+        load_llama(tmp_path / "m")[0]
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -418,7 +419,7 @@ def test_buffers_and_doubled_heads_of_old_checkpoints_are_ignored(tmp_path):
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, path, metadata={"format": "pt"})
-    assert same_logits(load_model(tmp_path / "m"), theirs)
+    assert same_logits(load_llama(tmp_path / "m")[0], theirs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -485,7 +486,7 @@ def test_large_models_are_written_in_several_files(tmp_path):
     model, options, data = load_llama(tmp_path / "m")
     save_llama(model, tmp_path / "out", options, data, shard_bytes=200_000)
     assert len(list((tmp_path / "out").glob("model-*-of-00004.safetensors"))) == 4
-    assert same_logits(load_model(tmp_path / "out"), theirs)
+    assert same_logits(load_llama(tmp_path / "out")[0], theirs)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert same_logits(model, again)
 
@@ -524,7 +525,7 @@ def test_an_export_is_whole_or_not_there(runs, tmp_path, monkeypatch):
 
 
 def test_without_safetensors_one_line_says_what_to_install(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(SystemExit, match="safetensors: pip install -r requirements-extra.txt"):
         Q.main([str(runs["osp"]), "--hf", str(tmp_path / "m"), "--device", "cpu"])
 
