@@ -15,7 +15,8 @@ the mean over the states of the residual stream: embedding output, output of eve
 
 Words used here: a *site* is a place in every layer whose values we look at, a *state* one layer's residual stream, a
 *window* a sequence of tokens to evaluate on, the *floor* what Gaussian vectors would measure.
-Read it top to bottom: statistics of vectors, watching a model's sites, evaluation, sinks, sampling, targets, output.
+Read it top to bottom: statistics of vectors, watching a model's sites, evaluation, sinks, sampling, targets, output,
+all measurements of a target, command line.
 """
 
 import functools
@@ -475,7 +476,7 @@ def describe(target: Target, r: dict) -> str:
     token = target.encoding.decode([top["token"]])
     lines = [
         f"{target.name} ({target.label()})",
-        f"  loss             {r['val_loss']:.4f} nats per token, perplexity {r['perplexity']:.3f}{bits}",
+        f"  loss             {r['val_loss']:.4f} nats per token, perplexity {r['perplexity']:.6g}{bits}",
         f"  excess kurtosis  {r['kurtosis']:.3f} (Gaussian {r['kurtosis_floor']:.3f}), mean over the residual stream",
         f"  stands out most  |x| = {top['value']:.1f}, {top['ratio']:.0f} times the median of its sequence: {where}, "
         f"channel {top['channel']}, position {top['position']}, token {token!r}",
@@ -513,7 +514,7 @@ def comparison(rows: list[dict]) -> str:
     for r in rows:
         top = r["largest"][strongest_state(r["largest"])]
         bits = f"{r['bits_per_byte']:.4f}" if r["bits_per_byte"] else "-"
-        line = f"{r['target']:<32}{r['val_loss']:>8.4f}{r['perplexity']:>9.3f}{bits:>10}"
+        line = f"{r['target']:<32}{r['val_loss']:>8.4f}{r['perplexity']:>9.5g}{bits:>10}"
         line += f"{r['kurtosis']:>10.3f}{r['kurtosis_floor']:>9.3f}"
         if published:
             line += f"{r['kurtosis_as_published']:>9.3f}{r['kurtosis_as_published_floor']:>9.3f}"
@@ -521,8 +522,43 @@ def comparison(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def quantized_table(rows: list[dict]) -> str:
+    """For one bit setting the paper's Table 4: a line a method, a column a target. For several its Table 2: a line a
+    target and method, a column a setting."""
+    settings = list(rows[0]["quantized"])
+    methods = list(rows[0]["quantized"][settings[0]])
+    if len(settings) == 1:
+        lines = [f"{'loss at ' + settings[0]:<16}" + "".join(f"{r['target'][:26]:>28}" for r in rows),
+                 f"{'not quantized':<16}" + "".join(f"{r['val_loss']:>18.4f}{'':>10}" for r in rows)]
+        for method in methods:
+            results = [r["quantized"][settings[0]][method] for r in rows]
+            cells = "".join(f"{x['val_loss']:>18.4f} ({x['added']:+.4f})"[:28].rjust(28) for x in results)
+            lines.append(f"{'' if method == 'rtn' else '+ '}{method:<14}".ljust(16) + cells)
+        return "\n".join(lines)
+    lines = []
+    for start in range(0, len(settings), 6):  # what fits beside each other
+        part = settings[start : start + 6]
+        head = f"{'loss added by W-A-KV bits':<44}{'exact':>8}" + "".join(f"{each:>10}" for each in part)
+        lines += [""] * (start > 0) + [head]
+        for r in rows:
+            for method in methods:
+                cells = "".join(f"{r['quantized'][each][method]['added']:>+10.4f}" for each in part)
+                lines.append(f"{r['target']:<34}{method:<10}{r['val_loss']:>8.4f}{cells}")
+    return "\n".join(lines)
+
+
+def all_scores(rows: list[dict]) -> str:
+    """The benchmarks of every target, and of its quantized models below it."""
+    scores = []
+    for r in rows:
+        scores.append((r["target"], r))
+        for bits, methods in r.get("quantized", {}).items():
+            scores += [(f"{r['target'][:24]} {bits} {method}", q) for method, q in methods.items()]
+    return tasks_table(scores)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# The command line
+# All there is to measure of a target
 
 
 def measure_target(target: Target, dataset, batch_size: int, autocast, as_published: bool) -> dict:
@@ -565,39 +601,8 @@ def measure_quantized(target, dataset, batch_size, autocast, exact, bits, calibr
     return results
 
 
-def quantized_table(rows: list[dict]) -> str:
-    """For one bit setting the paper's Table 4: a line a method, a column a target. For several its Table 2: a line a
-    target and method, a column a setting."""
-    settings = list(rows[0]["quantized"])
-    methods = list(rows[0]["quantized"][settings[0]])
-    if len(settings) == 1:
-        lines = [f"{'loss at ' + settings[0]:<16}" + "".join(f"{r['target'][:26]:>28}" for r in rows),
-                 f"{'not quantized':<16}" + "".join(f"{r['val_loss']:>18.4f}{'':>10}" for r in rows)]
-        for method in methods:
-            results = [r["quantized"][settings[0]][method] for r in rows]
-            cells = "".join(f"{x['val_loss']:>18.4f} ({x['added']:+.4f})"[:28].rjust(28) for x in results)
-            lines.append(f"{'' if method == 'rtn' else '+ '}{method:<14}".ljust(16) + cells)
-        return "\n".join(lines)
-    lines = []
-    for start in range(0, len(settings), 6):  # what fits beside each other
-        part = settings[start : start + 6]
-        head = f"{'loss added by W-A-KV bits':<44}{'exact':>8}" + "".join(f"{each:>10}" for each in part)
-        lines += [""] * (start > 0) + [head]
-        for r in rows:
-            for method in methods:
-                cells = "".join(f"{r['quantized'][each][method]['added']:>+10.4f}" for each in part)
-                lines.append(f"{r['target']:<34}{method:<10}{r['val_loss']:>8.4f}{cells}")
-    return "\n".join(lines)
-
-
-def all_scores(rows: list[dict]) -> str:
-    """The benchmarks of every target, and of its quantized models below it."""
-    scores = []
-    for r in rows:
-        scores.append((r["target"], r))
-        for bits, methods in r.get("quantized", {}).items():
-            scores += [(f"{r['target'][:24]} {bits} {method}", q) for method, q in methods.items()]
-    return tasks_table(scores)
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
 
 
 def write(target: Target, args) -> str:
