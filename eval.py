@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from benchmarks import describe_tasks, read_tasks, score_tasks, tasks_table
 from cli import Parser, peak_memory_gib, pick_device, precision, run
-from data.tokens import TOKENIZER_JSON, Dataset, find_dataset, spread, tokenizer_of
+from data.tokens import TOKENIZER_JSON, Dataset, encode, find_dataset, spread, tokenizer_of
 from huggingface import is_llama, load_llama
 from model import Transformer, check_checkpoint, model_from_checkpoint, read_archive
 from quantize import (
@@ -177,7 +177,7 @@ class TextBlocks:
     """
 
     def __init__(self, text: str, encoding, block: int):
-        ids = np.array(encoding.encode_ordinary(text))
+        ids = encode(encoding, text)
         self.n_windows = len(ids) // block
         if not self.n_windows:
             raise ValueError(f"the text has {len(ids):,} tokens, fewer than one block of {block:,}")

