@@ -17,6 +17,7 @@ later ones are cut off when the work continues. So nothing is lost or repeated, 
 a full disk): the same command goes on. meta.json comes last; without it train.py refuses the folder as unfinished.
 """
 
+import argparse
 import contextlib
 import hashlib
 import json
@@ -34,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it ru
 import numpy as np
 from tqdm import tqdm
 
-from cli import Parser, write_whole
+from cli import Parser, run, write_whole
 from data.prepare import SHARD_TOKENS
 from data.sources import Source, open_sources, worker_pool
 from data.tokens import (
@@ -53,6 +54,7 @@ except ImportError:
     fcntl = None
 
 GROWTH = {".gz": 3.5, ".parquet": 1.8}  # bytes of text a byte of file: rough, for disk check and progress bar only
+FIXED = ("key", "shard_tokens", "val_every", "val_tokens", "tokenizer")  # options that a corpus keeps until its end
 COMMIT_SECONDS = 5  # between two manifests: the work that a kill -9 costs
 
 
@@ -113,13 +115,40 @@ def commit(out: Path, manifest: dict, splits: list[Split], finish=False):
         path.unlink()
 
 
+def read_manifest(out: Path) -> dict | None:
+    """What is in manifest.json; None if there is none. Raises ValueError for one that commit() cannot have written."""
+    path = out / "manifest.json"
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        counts, begun_with = [], manifest["begun_with"]
+        for source, (_, _) in zip(manifest["sources"], begun_with["sources"], strict=True):
+            file, block, document = source["position"]
+            counts += [file, block, document, source["documents"], source["tokens"], len(source["name"])]
+        for name in ("train", "val"):
+            split = manifest["splits"][name]
+            counts += [split[n] for n in ("documents", "tokens", "bytes", "in_part")]
+            counts += [shard["tokens"] for shard in split["shards"]]
+            names = [f"{name}_{i:06d}.bin" for i in range(len(split["shards"]))]
+            if [shard["name"] for shard in split["shards"]] != names:  # files of these names will be cut to their size
+                raise ValueError
+        sensible = all(type(n) is int and n >= 0 for n in counts) and isinstance(manifest["revisions"], dict)
+        if not sensible or not set(FIXED) <= begun_with.keys():
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: remove {out} and begin again") from error
+    return manifest
+
+
 def n_written(out: Path) -> int:
     """Tokens that the manifest counts; 0 if there is none."""
-    try:
-        splits = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["splits"]
-        return sum(split["tokens"] for split in splits.values())
-    except FileNotFoundError:
-        return 0
+    manifest = read_manifest(out)
+    return sum(split["tokens"] for split in manifest["splits"].values()) if manifest else 0
+
+
+def size(n: float) -> str:
+    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
 
 
 def check_disk(out: Path, sources: list[Source], tokens: float, shard_tokens: int):
@@ -128,16 +157,18 @@ def check_disk(out: Path, sources: list[Source], tokens: float, shard_tokens: in
     need = 2 * tokens + 4 * min(shard_tokens, tokens) + downloads  # a shard is written while its .part still exists
     free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
     if need > free:
-        need, free = f"{need / 1e9:.1f} GB", f"{free / 1e9:.1f} GB"
-        raise OSError(f"{out} needs about {need}, {free} are free there: use --max-tokens or another --out")
+        raise OSError(f"{out} needs about {size(need)}, {size(free)} are free there: use --max-tokens or another --out")
 
 
 @contextlib.contextmanager
 def locked(out: Path):
-    """Only one process at a time writes to `out`, and where it fails before the first token, nothing stays.
+    """Only one process at a time writes to `out`, and where it fails before the first token, nothing of it stays.
 
-    Raises BlockingIOError.
+    Raises FileExistsError and BlockingIOError.
     """
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; name another place with --out")
+    created = not os.path.lexists(out)
     out.mkdir(parents=True, exist_ok=True)
     handle = os.open(out, os.O_RDONLY) if fcntl else None
     try:
@@ -146,11 +177,16 @@ def locked(out: Path):
     except BlockingIOError as error:
         os.close(handle)
         raise BlockingIOError(f"{out}: another process is writing there") from error
+    empty = not any(out.iterdir())  # then all that will be in it is ours
     try:
         yield
     finally:
-        if not n_written(out):
-            shutil.rmtree(out)
+        with contextlib.suppress(OSError, ValueError):  # the error that led here counts, not that of tidying up
+            if empty and not n_written(out):
+                for path in list(out.iterdir()):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                if created:
+                    out.rmdir()
         if fcntl:
             os.close(handle)
 
@@ -179,70 +215,90 @@ def build(out: Path, specs: list[tuple], opt) -> dict:
 
     Raises OSError and ValueError, each with one line a person can act on; what the manifest counts is never lost.
     """
-    if (out / "meta.json").exists():
-        raise FileExistsError(f"{out} is finished; remove it, or name another place with --out")
-    begun = (out / "manifest.json").exists()
-    if not begun and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is no unfinished corpus; remove it, or name another place with --out")
-    old = json.loads((out / "manifest.json").read_text(encoding="utf-8")) if begun else {"revisions": {}}
-    encoding = tokenizer_for_shards(opt.tokenizer)
-    sources = open_sources(specs, opt.key, old["revisions"])
-    begun_with = {name: getattr(opt, name) for name in ("key", "shard_tokens", "val_every", "val_tokens")}
-    begun_with["tokenizer"] = encoding.name
-    if encoding.name == TOKENIZER_JSON:  # of a file, what is in it counts
-        begun_with["tokenizer"] = hashlib.sha256(read_tokenizer_json(opt.tokenizer).encode()).hexdigest()
-    begun_with["sources"] = [[source.weight, source.fingerprint()] for source in sources]
-    for name, value in begun_with.items():
-        if begun and old["begun_with"][name] != value:
-            what = "other files or weights" if name == "sources" else f"another --{name.replace('_', '-')}"
-            raise ValueError(f"{out} was begun with {what}: {old['begun_with'][name]}; use that again, or remove {out}")
-
-    text = sum(f.size * GROWTH.get(Path(f.name).suffix, 1) for source in sources for f in source.files)
-    estimate = min(text / (1 if opt.tokenizer == "bytes" else 4), opt.max_tokens + opt.val_tokens)
-    done = n_written(out)
-    check_disk(out, sources, max(estimate - done, 0), opt.shard_tokens)
-
-    with locked(out):
-        train, val = splits = [Split(name, out, opt.shard_tokens) for name in ("train", "val")]
-        if begun:
+    with locked(out):  # first of all: what is read without the lock, another process may change
+        if (out / "meta.json").exists():
+            raise FileExistsError(f"{out} is finished; remove it, or name another place with --out")
+        old = read_manifest(out)
+        if old is None and any(out.iterdir()):
+            raise FileExistsError(f"{out} exists and is no unfinished corpus; remove it, or name another --out")
+        encoding, revisions = tokenizer_for_shards(opt.tokenizer), old["revisions"] if old else {}
+        sources = open_sources(specs, opt.key, revisions)
+        begun_with = {name: getattr(opt, name) for name in FIXED}
+        begun_with["tokenizer"] = encoding.name
+        if encoding.name == TOKENIZER_JSON:  # of a file, what is in it counts
+            begun_with["tokenizer"] = hashlib.sha256(read_tokenizer_json(opt.tokenizer).encode()).hexdigest()
+        begun_with["sources"] = [[source.weight, source.fingerprint()] for source in sources]
+        if old:
+            check_begun_with(out, old, begun_with)
+        splits = [Split(name, out, opt.shard_tokens) for name in ("train", "val")]
+        if old:
             for split in splits:
                 split.go_back_to(old["splits"][split.name])
             for source, state in zip(sources, old["sources"]):
                 source.state = state
-        manifest = {"begun_with": begun_with, "revisions": old["revisions"], "sources": [s.state for s in sources]}
-        commit(out, manifest, splits)
-        pool = worker_pool(opt.processes, opt.tokenizer, opt.key)
-        bar = tqdm(total=int(estimate), initial=done, unit=" tokens", unit_scale=True, disable=None, leave=False)
+        manifest = {"begun_with": begun_with, "revisions": revisions, "sources": [s.state for s in sources]}
         try:
-            for source in sources:
-                source.start(pool, 2 * opt.processes + 2, out / "download")
-            committed = time.monotonic()
-            for _ in mix(sources, train, val, opt, bar):
-                if time.monotonic() - committed > COMMIT_SECONDS:
-                    commit(out, manifest, splits)
-                    committed = time.monotonic()
-            for split in splits:
-                if split.state["tokens"] < 100:
-                    raise ValueError(f"too little text: {split.state['tokens']} {split.name} tokens (--val-every "
-                                     f"{opt.val_every}); for a single short text use data/prepare.py")
-            commit(out, manifest, splits, finish=True)
-        except (OSError, ValueError, BrokenProcessPool) as error:
-            what = "a process was killed (out of memory?)" if isinstance(error, BrokenProcessPool) else error
-            kept = "; what is done is kept, and the same command continues" if n_written(out) else ""
-            raise ValueError(f"{what}{kept}") from error
-        finally:
-            bar.close()
-            pool.shutdown(cancel_futures=True)
+            return fill(out, encoding, sources, splits, manifest, opt)
+        except BrokenProcessPool as error:
+            raise OSError(f"a process was killed (out of memory?){kept(out)}") from error
+        except OSError as error:  # of a full disk, Python does not say where it is
+            what = f"{out}: {error.strerror}" if error.errno and not error.filename else error
+            raise OSError(f"{what}{kept(out)}") from error
+        except ValueError as error:
+            again = "; put that right, and begin again in a new --out" if n_written(out) else ""
+            raise ValueError(f"{error}{again}") from error
 
-        for path in out.glob("*.bin"):
-            open_shard(path)  # raises if it is not whole
-        shutil.rmtree(out / "download", ignore_errors=True)
-        shards = [shard["sha256"] for split in splits for shard in split.state["shards"]]
-        tokens = {split.name: split.state["tokens"] for split in splits}
-        n_bytes = {split.name: split.state["bytes"] for split in splits}
-        source = hashlib.sha256("".join(shards).encode()).hexdigest()
-        meta = write_meta(out, opt.tokenizer, encoding, tokens, n_bytes, source)
-    return meta
+
+def kept(out: Path) -> str:
+    return "; what is done is kept, and the same command continues" if n_written(out) else ""
+
+
+def check_begun_with(out: Path, old: dict, begun_with: dict):
+    """Raise ValueError if this command is not the one that began `out`."""
+    for name, value in begun_with.items():
+        before = old["begun_with"][name]
+        if before != value:
+            what = f"another --{name.replace('_', '-')}"
+            if name == "sources":
+                what = "other files or weights"
+                before = " ".join(f"{s['name']}={weight}" for s, (weight, _) in zip(old["sources"], before))
+            raise ValueError(f"{out} was begun with {what}: {before}; use that again, or remove {out}")
+
+
+def fill(out: Path, encoding, sources: list[Source], splits: list[Split], manifest: dict, opt) -> dict:
+    """From wherever the sources and splits are, to the end. Returns meta.json."""
+    text = sum(f.size * GROWTH.get(Path(f.name).suffix, 1) for source in sources for f in source.files)
+    estimate = min(text / (1 if opt.tokenizer == "bytes" else 4), opt.max_tokens + opt.val_tokens)
+    done = sum(split.state["tokens"] for split in splits)
+    check_disk(out, sources, max(estimate - done, 0), opt.shard_tokens)
+    commit(out, manifest, splits)
+    pool = worker_pool(opt.processes, opt.tokenizer, opt.key)
+    bar = tqdm(total=int(estimate), initial=done, unit=" tokens", unit_scale=True, disable=None, leave=False)
+    try:
+        for source in sources:
+            source.start(pool, 2 * opt.processes + 2, out / "download")
+        committed = time.monotonic()
+        for _ in mix(sources, *splits, opt, bar):
+            if time.monotonic() - committed > COMMIT_SECONDS:
+                commit(out, manifest, splits)
+                committed = time.monotonic()
+        for split in splits:
+            if split.state["tokens"] < 100:
+                raise ValueError(f"too little text: {split.state['tokens']} {split.name} tokens (--val-every "
+                                 f"{opt.val_every}); for a single short text use data/prepare.py")
+        commit(out, manifest, splits, finish=True)
+    finally:
+        bar.close()
+        pool.shutdown(cancel_futures=True)
+
+    for path in out.glob("*.bin"):
+        open_shard(path)  # raises if it is not whole
+    shutil.rmtree(out / "download", ignore_errors=True)
+    shards = [shard["sha256"] for split in splits for shard in split.state["shards"]]
+    tokens = {split.name: split.state["tokens"] for split in splits}
+    n_bytes = {split.name: split.state["bytes"] for split in splits}
+    source = hashlib.sha256("".join(shards).encode()).hexdigest()
+    return write_meta(out, opt.tokenizer, encoding, tokens, n_bytes, source)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,9 +307,12 @@ def build(out: Path, specs: list[tuple], opt) -> dict:
 
 def count(text: str) -> int:
     """A positive whole number, also as 100e9."""
-    if not 1 <= float(text) < 2**63:
-        raise ValueError
-    return int(float(text))
+    try:
+        if 1 <= float(text) < 2**63:
+            return int(float(text))
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} must be a positive whole number, like 100e9")
 
 
 def parse_spec(text: str, on_hub: bool) -> tuple[str, float | None, bool]:
@@ -321,4 +380,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

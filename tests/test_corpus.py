@@ -370,7 +370,7 @@ def test_a_full_disk_keeps_what_is_done(mixture, tmp_path, monkeypatch, fails):
 def test_too_small_a_disk_is_noticed_first(mixture, tmp_path, monkeypatch, fails):
     argv, _ = mixture
     monkeypatch.setattr(corpus.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    fails([*argv, "--out", tmp_path / "out"], "needs about", "GB", "--max-tokens")
+    fails([*argv, "--out", tmp_path / "out"], "needs about 0.0", " MB, ", "--max-tokens")
     assert not (tmp_path / "out").exists()
 
 
@@ -382,7 +382,7 @@ def test_another_command_does_not_continue(mixture, tmp_path, monkeypatch, fails
     (out / "meta.json").unlink()
     fails([*argv[:-1], 800, "--out", out], "--shard-tokens", "700")
     fails([*argv, "--out", out, "--key", "body"], "--key", "text")
-    fails([argv[0], argv[1][:-1] + "3", *argv[2:], "--out", out], "other files or weights")
+    fails([argv[0], argv[1][:-1] + "3", *argv[2:], "--out", out], "other files or weights", f"{tmp_path}/web=2.0")
     with corpus.locked(out):
         fails([*argv, "--out", out], "another process")
     (out / "train_000001.bin").write_bytes(b"short")
@@ -390,6 +390,72 @@ def test_another_command_does_not_continue(mixture, tmp_path, monkeypatch, fails
     (out / "train_000001.bin").write_bytes(whole["train_000001.bin"])
     run(*argv, "--out", out)
     assert contents(out) == whole
+
+
+def test_what_another_process_finishes_meanwhile_is_not_touched(mixture, tmp_path, monkeypatch, fails):
+    """Two commands begin together; the one that gets the lock late fails, and deletes nothing."""
+    argv, whole = mixture
+    lock = corpus.locked
+
+    def late(out):
+        shutil.copytree(tmp_path / "whole", out)
+        return lock(out)
+
+    monkeypatch.setattr(corpus, "locked", late)
+    fails([*argv, "--out", tmp_path / "out"], "is finished")
+    assert contents(tmp_path / "out") == whole
+
+
+def test_a_failure_hides_no_error_and_leaves_a_folder_that_was_there(tmp_path, fails):
+    (tmp_path / "bad.jsonl").write_text("broken")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    for out in ("there", "link"):
+        fails(["--text", tmp_path / "bad.jsonl", "--out", tmp_path / out], "line 1")
+        assert list((tmp_path / "there").iterdir()) == []
+    fails(["--text", tmp_path / "bad.jsonl", "--out", tmp_path / "bad.jsonl"], "is a file")
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "[]", "3", "{", "begun_with", "splits", "sources", "revisions"])
+def test_a_damaged_manifest_is_one_line(mixture, tmp_path, fails, damage):
+    argv, _ = mixture
+    out = tmp_path / "whole"
+    (out / "meta.json").unlink()
+    if damage.isalpha():
+        manifest = json.loads((out / "manifest.json").read_text())
+        damage = json.dumps(manifest | {damage: 5})
+    (out / "manifest.json").write_text(damage)
+    before = contents(out)
+    fails([*argv, "--out", out], "manifest.json is damaged: remove", str(out))
+    assert contents(out) == before
+
+
+def test_a_manifest_cannot_name_files_elsewhere(mixture, tmp_path, fails):
+    argv, _ = mixture
+    path, mine = tmp_path / "whole/manifest.json", tmp_path / "mine.bin"
+    mine.write_bytes(b"x" * 9999)
+    (tmp_path / "whole/meta.json").unlink()
+    path.write_text(path.read_text().replace("train_000000.bin", "../mine.bin"))
+    fails([*argv, "--out", tmp_path / "whole"], "damaged")
+    assert mine.stat().st_size == 9999
+
+
+def test_bad_content_does_not_promise_that_the_same_command_continues(tmp_path, monkeypatch, fails, capfd):
+    monkeypatch.setattr(corpus, "COMMIT_SECONDS", 0)
+    good = write_text(tmp_path / "good.txt", made_up(40))
+    (tmp_path / "bad.jsonl").write_text("broken")
+    argv = ["--text", good, tmp_path / "bad.jsonl", "--out", tmp_path / "out", "--val-every", 5]
+    fails(argv, "bad.jsonl, line 1", "put that right, and begin again in a new --out")
+    assert (tmp_path / "out/manifest.json").exists()
+
+
+def test_a_full_disk_is_named(mixture, tmp_path, monkeypatch, fails):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(corpus, "write_whole", full)
+    fails([*mixture[0], "--out", tmp_path / "out"], f"{tmp_path}/out: No space left")
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -448,7 +514,8 @@ def test_bad_options(tmp_path, fails):
     fails(["--text", "a=0.5", "b", *out], "weight", code=2)
     for wrong in ("x", "0", "-1", "nan", "inf"):
         fails(["--text", f"a={wrong}", *out], wrong, code=2)
-    fails(["--text", "a", "--max-tokens", "0", *out], "--max-tokens", code=2)
+    for wrong in ("0", "x", "-3"):
+        fails(["--text", "a", "--max-tokens", wrong, *out], "--max-tokens", "whole number, like 100e9", code=2)
     fails(["--text", "a", "--max-tokens", "inf", *out], "--max-tokens", code=2)
 
 
