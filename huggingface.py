@@ -96,7 +96,7 @@ def our_config(theirs: dict, path) -> Config:
         refuse("rope_parameters that are no object")
     if scaling.get("rope_type", scaling.get("type", "default")) != "default" or "factor" in scaling:
         refuse(f"rope_scaling {json.dumps(scaling)[:80]}")
-    if any(part.get("partial_rotary_factor") not in (None, 1, 1.0) for part in (theirs, rope)):
+    if any(part.get("partial_rotary_factor") not in (None, 1, 1.0) for part in (theirs, rope, scaling)):
         refuse("partial_rotary_factor other than 1")
 
     def number(name, default=None, kinds=(int,), where=theirs):
@@ -105,7 +105,7 @@ def our_config(theirs: dict, path) -> Config:
             refuse(f"{name} {'is missing' if value is None else json.dumps(value)[:80]}")
         return value
 
-    n_head, theta = number("num_attention_heads"), rope if "rope_theta" in rope else theirs
+    n_head, theta = number("num_attention_heads"), scaling if "rope_theta" in scaling else theirs
     shape = dict(
         n_layer=number("num_hidden_layers"),
         n_head=n_head,
@@ -155,8 +155,10 @@ def load_weights(model: Transformer, directory: Path, device):
     tied = model.config.tie_embeddings
     wanted = {their_name(name): (name, W.shape) for name, W in model.state_dict().items()}
     files = {name: path for name, path in weight_files(directory).items() if not name.endswith("rotary_emb.inv_freq")}
+    head = None
     if tied:  # the embedding is the head; some directories hold it twice
-        wanted.pop("lm_head.weight"), files.pop("lm_head.weight", None)
+        wanted.pop("lm_head.weight")
+        head = files.pop("lm_head.weight", None)
     lost, unknown = wanted.keys() - files, files.keys() - wanted
     if lost or unknown:
         problem = "lacks the tensor" if lost else "has a tensor that config.json does not account for:"
@@ -172,6 +174,10 @@ def load_weights(model: Transformer, directory: Path, device):
                 if found.get_shape() != list(shape):
                     raise ValueError(f"{path}: {name} is {found.get_shape()}, but config.json makes it {list(shape)}")
                 weights[ours] = file.get_tensor(name).to(device)
+    if head:
+        with safetensors.safe_open(head, "pt") as file:
+            if not torch.equal(file.get_tensor("lm_head.weight").to(weights["embed.weight"]), weights["embed.weight"]):
+                raise ValueError(f"{head}: lm_head.weight is not the embedding, but config.json ties the two")
     if tied:
         weights["head.weight"] = weights["embed.weight"]
     model.load_state_dict(weights, assign=True)
@@ -189,6 +195,10 @@ def load_llama(directory, device="cpu"):
     directory = Path(directory)
     theirs = read_json(directory / "config.json")
     config = our_config(theirs, directory / "config.json")
+    kept = {name: theirs[name] for name in KEPT if name in theirs}
+    longest = SEQ_LEN if kept.get("max_position_embeddings") is None else kept["max_position_embeddings"]
+    if type(longest) is not int or longest < 2:
+        raise ValueError(f"{directory / 'config.json'}: max_position_embeddings cannot be {json.dumps(longest)[:80]}")
     with torch.device("meta"):  # a skeleton without memory, which then takes over the tensors
         model = Transformer(config)
     load_weights(model, directory, device)
@@ -198,10 +208,8 @@ def load_llama(directory, device="cpu"):
     encoding, n = encoding_from_json(data["tokenizer_json"], directory / TOKENIZER_JSON), config.vocab_size
     if encoding.n_vocab > n:
         raise ValueError(f"{directory}: the tokenizer has {encoding.n_vocab:,} ids, but the model has only {n:,}")
-    kept = {name: theirs[name] for name in KEPT if name in theirs}
-    longest = kept.get("max_position_embeddings")
-    seq_len = min(longest, SEQ_LEN) if type(longest) is int and longest > 1 else SEQ_LEN
-    return model.eval(), {"imported": directory.resolve().name, "seq_len": seq_len, "hf_config": kept}, data
+    options = {"imported": directory.resolve().name, "seq_len": min(longest, SEQ_LEN), "hf_config": kept}
+    return model.eval(), options, data
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -45,6 +45,9 @@ def _encoding(parts: dict) -> tiktoken.Encoding:
     if model.get("type", "BPE") != "BPE":
         raise ValueError(f"its model is {model['type']}, not BPE")
     special = {token["content"]: token["id"] for token in added}
+    moved = next((token for token, i in special.items() if model["vocab"].get(token, i) != i), None)
+    if moved is not None:
+        raise ValueError(f"its added token {moved!r} has the id {special[moved]}, but {model['vocab'][moved]} in vocab")
     vocab = {token: rank for token, rank in model["vocab"].items() if token not in special}
     foreign = next((token for token in vocab if not set(token) <= BYTE_OF.keys()), None)
     if foreign is not None or model.get("byte_fallback"):
@@ -74,7 +77,7 @@ def _encoding(parts: dict) -> tiktoken.Encoding:
 
 def _pattern(pre_tokenizer) -> str:
     """The pattern of the pre-tokenizers we know. Raises ValueError for others."""
-    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
+    steps = (pre_tokenizer or {}).get("pretokenizers") or [pre_tokenizer or {}]
     *before, last = steps
     by_bytes = last.get("type") == "ByteLevel" and last.get("use_regex", True)
     digits = [(step.get("type"), step.get("individual_digits")) for step in before]

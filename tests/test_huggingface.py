@@ -172,6 +172,8 @@ def test_a_tokenizer_that_tiktoken_cannot_be_is_refused_in_one_line(theirs):
              (("model", "unk_token"), "<unk>", "unknown"), (("normalizer",), {"type": "NFC"}, "NFC"),
              (("added_tokens",), common, "not special"), (("pre_tokenizer",), None, "pre-tokenizer"),
              (("pre_tokenizer",), {"type": "Metaspace"}, "Metaspace"),
+             (("pre_tokenizer",), {"type": "Sequence", "pretokenizers": []}, "its pre-tokenizer is Sequence"),
+             (("added_tokens", 0, "id"), 60000, "has the id 60000, but 0 in vocab"),
              (("pre_tokenizer",), byte_level, "add_prefix_space"),
              (("pre_tokenizer", "pretokenizers", 0, "individual_digits"), False, "Digits"),
              (("model", "vocab"), [["a", 1]], "not a tokenizer.json"), (("model",), {}, "not a tokenizer.json"),
@@ -322,6 +324,16 @@ def test_the_older_spelling_of_config_json_is_read(tmp_path):
     assert same_logits(load_llama(tmp_path / "m")[0], theirs)
 
 
+def test_theta_may_stand_in_rope_scaling(tmp_path):
+    hf_model(tmp_path / "m", max_position_embeddings=128)
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    config.pop("rope_parameters")
+    config |= {"rope_scaling": {"rope_type": "default", "rope_theta": 500.0}, "rope_theta": 7000.0}
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    ours, theirs = load_llama(tmp_path / "m")[0], transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert ours.config.rope_theta == 500 and same_logits(ours, theirs.eval())
+
+
 def test_bfloat16_stays_bfloat16(tmp_path):
     hf_model(tmp_path / "m", dtype=torch.bfloat16)
     ours = load_llama(tmp_path / "m")[0]
@@ -348,6 +360,8 @@ def test_loading_copies_no_weights(tmp_path):
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary"),
+    ({"max_position_embeddings": "x"}, 'max_position_embeddings cannot be "x"'),
+    ({"max_position_embeddings": 1}, "max_position_embeddings cannot be 1"),
     ({"rope_parameters": [1]}, "rope_parameters"), ({"head_dim": 15}, "odd"),
     ({"hidden_size": "64"}, "hidden_size"), ({"hidden_size": None}, "hidden_size"),
     ({"num_attention_heads": 0}, "num_attention_heads"), ({"num_key_value_heads": 3}, "divisible"),
@@ -420,6 +434,10 @@ def test_buffers_and_doubled_heads_of_old_checkpoints_are_ignored(tmp_path):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, path, metadata={"format": "pt"})
     assert same_logits(load_llama(tmp_path / "m")[0], theirs)
+    tensors["lm_head.weight"][3, 5] += 1  # a head of its own, so config.json does not tell the truth
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="model.safetensors: lm_head.weight is not the embedding"):
+        load_llama(tmp_path / "m")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
