@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.tokens import separator
+from data.tokens import encode, separator
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Task files
@@ -63,6 +63,8 @@ def check_settings(settings: dict):
         good = type(value) is kind and (kind is not int or value >= 0)
         if not good or kind is list and not all(isinstance(word, str) and word for word in value):
             raise ValueError(f"{name} must be {KINDS[kind]}, not {value!r}")
+    if settings.get("max_new", 1) == 0:
+        raise ValueError("max_new must be 1 or more, not 0: the model would write nothing")
     if settings.get("match", "alias") not in ("alias", "number"):
         raise ValueError(f"match {settings['match']!r} must be 'alias' or 'number'")
 
@@ -100,6 +102,7 @@ def read_lines(path: Path) -> tuple[dict, list[dict]]:
                 questions.append(record)
         except (ValueError, RecursionError) as error:
             reason = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else error
+            reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else reason
             raise ValueError(f"{path}, line {number}: {reason}") from error
     if not questions:
         raise ValueError(f"{path} has no questions")
@@ -152,7 +155,7 @@ def prompts(task: Task, encoding, room: int) -> list[str]:
         q, own = task.questions[i], task.pool is task.questions  # if own, one more, in case it draws itself
         shots = [s for s in rng.sample(task.pool, task.shots + own) if s is not q][: task.shots]
         parts = [*map(solved, shots), q["context"]]
-        while len(parts) > 1 and len(encoding.encode_ordinary("\n\n".join(parts))) > room:
+        while len(parts) > 1 and len(encode(encoding, "\n\n".join(parts))) > room:
             parts.pop(-2)  # the last shot
         texts[i] = "\n\n".join(parts)
     return [texts[i] for i in range(len(texts))]
@@ -168,8 +171,8 @@ def encode_pair(encoding, context: str, continuation: str) -> tuple[list[int], i
     They are encoded together, as text was in training. Blanks at the end of the context belong to the continuation.
     """
     head = context.rstrip()
-    ids = encoding.encode_ordinary(context + continuation)
-    cut = min(len(encoding.encode_ordinary(head)), len(ids) - 1)  # tokens may merge across the border
+    ids = encode(encoding, context + continuation).tolist()
+    cut = min(len(encode(encoding, head)), len(ids) - 1)  # tokens may merge across the border
     if cut == 0:
         return [separator(encoding), *ids], len(ids)  # the first token that is scored needs one before it
     return ids, len(ids) - cut
@@ -200,7 +203,9 @@ def batches(lengths: list[int], budget: int, equal=False) -> list[list[int]]:
 @torch.no_grad()
 def log_likelihoods(model, pairs: list, seq_len: int, batch_size: int, autocast, label="") -> list[float]:
     """Sum of log p of the last n tokens, for every (ids, n) of `pairs`. What exceeds seq_len tokens is cut off at
-    the left. Shorter sequences are padded at the right, which causal attention never sees."""
+    the left. Shorter sequences are padded at the right, which causal attention never sees.
+
+    Raises ArithmeticError for a model without finite numbers: of NaNs none is the largest."""
     device, sums = next(model.parameters()).device, [0.0] * len(pairs)
     lengths = [min(len(ids) - 1, seq_len) for ids, _ in pairs]  # of the input: the last token is only predicted
     for batch in tqdm(batches(lengths, batch_size * seq_len), label, leave=False, disable=None):
@@ -216,6 +221,8 @@ def log_likelihoods(model, pairs: list, seq_len: int, batch_size: int, autocast,
         with autocast:
             logits = logits_at(model, tokens.to(device), rows, columns)  # [N, V]
         log_p = -F.cross_entropy(logits.float(), torch.tensor(targets, device=device), reduction="none")  # [N]
+        if not torch.isfinite(log_p).all():
+            raise ArithmeticError(f"{label}: the model's log-probabilities are not finite: there is nothing to compare")
         for row, value in zip(rows, log_p.tolist()):
             sums[batch[row]] += value
     return sums
@@ -239,7 +246,7 @@ def write_answers(model, encoding, prompts: list, task: Task, seq_len: int, batc
     """What the model writes after each prompt (a list of ids), taking the likeliest token every time.
 
     Prompts of one length share a batch: these need neither padding nor a mask, which the model does not have. Short
-    questions often meet that way; long ones rarely do, and then go alone.
+    questions often meet that way; long ones rarely do, and then go alone. Raises ArithmeticError, as above.
     """
     device, texts, lengths = next(model.parameters()).device, {}, [len(ids) + task.max_new for ids in prompts]
     for batch in tqdm(batches(lengths, batch_size * seq_len, equal=True), task.task, leave=False, disable=None):
@@ -248,6 +255,8 @@ def write_answers(model, encoding, prompts: list, task: Task, seq_len: int, batc
         for _ in range(min(task.max_new, seq_len - fresh.shape[1])):
             with autocast:
                 logits = logits_at(model, fresh, slice(None), -1, cache)  # [B, V]
+            if not torch.isfinite(logits).all():
+                raise ArithmeticError(f"{task.task}: the model's logits are not finite: there is nothing to write")
             fresh = logits[:, : encoding.n_vocab].argmax(dim=-1, keepdim=True)  # V may be padded beyond the tokens
             for ids, token in zip(written, fresh.flatten().tolist()):
                 ids.append(token)
@@ -282,9 +291,15 @@ def likeliest(scores: list[float]) -> int:
 
 def score_choices(model, encoding, task: Task, seq_len: int, batch_size: int, autocast) -> dict[str, list[bool]]:
     """For every question, is the likeliest choice the right one? acc: by log p. acc_norm: by log p per character, not
-    counting one leading blank, so that long choices are not punished for their length."""
-    texts = zip(prompts(task, encoding, room=seq_len), task.questions)
-    pairs = [encode_pair(encoding, text, choice) for text, q in texts for choice in q["choices"]]
+    counting one leading blank, so that long choices are not punished for their length. Raises ValueError for a choice
+    that does not fit into seq_len: what is cut off would cost nothing."""
+    pairs = []
+    for number, (text, q) in enumerate(zip(prompts(task, encoding, room=seq_len), task.questions), 1):
+        pairs += [encode_pair(encoding, text, choice) for choice in q["choices"]]
+        longest = max(n for _, n in pairs[-len(q["choices"]) :])
+        if longest > seq_len:
+            raise ValueError(f"task {task.task}, question {number}: a choice of {longest:,} tokens is longer than the "
+                             f"window of {seq_len:,}")
     sums = iter(log_likelihoods(model, pairs, seq_len, batch_size, autocast, label=task.task))
     acc, acc_norm = [], []
     for q in task.questions:
@@ -298,7 +313,8 @@ def score_choices(model, encoding, task: Task, seq_len: int, batch_size: int, au
 def score_writing(model, encoding, task: Task, seq_len: int, batch_size: int, autocast) -> dict[str, list[bool]]:
     """For every question, does what the model writes match? A prompt that leaves no room for it is cut at the left."""
     room = max(seq_len - task.max_new, seq_len // 2)
-    ids = [encoding.encode_ordinary(text)[-room:] or [separator(encoding)] for text in prompts(task, encoding, room)]
+    texts = prompts(task, encoding, room)
+    ids = [encode(encoding, text)[-room:].tolist() or [separator(encoding)] for text in texts]
     written = write_answers(model, encoding, ids, task, seq_len, batch_size, autocast)
     return dict(acc=[is_right(text, q["answers"], task.match) for text, q in zip(written, task.questions)])
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it ru
 
 from tqdm import tqdm
 
-from cli import Parser, extra, write_whole
+from cli import Parser, extra, run, write_whole
 from data.sources import download
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,24 +151,34 @@ def fetch(origin: Origin, split: str) -> Path:
     return download(origin.dataset, f"{origin.subset}/{split}/0000.parquet", revision="refs/convert/parquet")
 
 
-def convert(task: str, files: list[Path], out: Path, exact: bool, settings: dict | None = None) -> int:
-    """Write the questions in `files` to `out`, whole or not at all, after a line of `settings`. Returns their number.
-    Raises ValueError, with file and row, for a row that does not fit."""
+def convert(task: str, files: list[Path], exact: bool) -> list[str]:
+    """The questions in `files`, as lines. Raises ValueError, with file and row, for a row that does not fit."""
     questions = []
     for path in files:
         before = len(questions)
         try:
             for row in tqdm(read_rows(path), task, leave=False, disable=None):
-                questions.append(json.dumps(ORIGINS[task].convert(row, exact), ensure_ascii=False))
+                line = json.dumps(ORIGINS[task].convert(row, exact), ensure_ascii=False)
+                line.encode("utf-8")  # half of a surrogate pair cannot be written
+                questions.append(line)
         except (ValueError, LookupError, TypeError, AttributeError, EOFError, gzip.BadGzipFile) as error:
             row = len(questions) - before + 1
             raise ValueError(f"{path}, row {row}, does not fit {task}: {error!r}") from error
     if not questions:
         raise ValueError(f"{', '.join(map(str, files))}: no rows")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    head = [json.dumps(settings)] if settings else []
-    write_whole(out, "\n".join([*head, *questions, ""]))
-    return len(questions)
+    return questions
+
+
+def write_lines(path: Path, lines: list[str]):
+    """Write a file whole or not at all: then without a new, empty folder either."""
+    made = [folder for folder in (path.parent, path.parent.parent) if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write_whole(path, "\n".join([*lines, ""]))
+    except BaseException:
+        for folder in made:
+            folder.rmdir()
+        raise
 
 
 def build_parser() -> Parser:
@@ -195,19 +205,24 @@ def main(argv=None):
         settings = dict(task=task, benchmark=origin.benchmark, **origin.settings)
         settings["source"] = f"{origin.dataset} {origin.subset} {origin.split}" + ", osp-exact" * args.osp_exact
         try:
+            shots = []
             if "shots" in settings:
                 settings["shots_from"] = f"shots/{task}.jsonl"
                 if not (args.train or args.hub):
                     parser.error(f"{task} is asked with {settings['shots']} solved examples: add --train FILE")
                 train = [fetch(origin, "train")] if args.hub else args.train
-                convert(task, train, args.out / settings["shots_from"], args.osp_exact)
+                shots = convert(task, train, args.osp_exact)
             files = [fetch(origin, origin.split)] if args.hub else args.files
-            n = convert(task, files, args.out / f"{task}.jsonl", args.osp_exact, settings)
+            questions = convert(task, files, args.osp_exact)
+            if shots:
+                write_lines(args.out / settings["shots_from"], shots)
+            write_lines(args.out / f"{task}.jsonl", [json.dumps(settings), *questions])
         except (ValueError, OSError, ImportError) as error:
             sys.exit(f"error: {error}")
+        n = len(questions)
         note = f" (the paper's split has {origin.rows:,})" if origin.rows not in (n, None) else ""
         print(f"{args.out / task}.jsonl: {n:,} questions{note}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -181,6 +181,28 @@ def test_known_probabilities_are_added():
     assert got == pytest.approx([half, half + even, even + half], abs=1e-5)
 
 
+def test_a_model_of_nans_has_no_score():
+    model = Chain(torch.full((256, 256), float("nan")))
+    for ask in (task([mc("q", ["a", "b"])]), task([gen("q", "x")])):
+        with pytest.raises(ArithmeticError, match="^t: the model's log.* not finite"):
+            score_tasks(model, BYTES, [ask], **HOW)
+
+
+def test_a_choice_longer_than_the_window_is_refused():
+    ask = task([mc("q", ["a", "b"]), mc("q", ["a", "b" * 49])])
+    with pytest.raises(ValueError, match="task t, question 2: a choice of 49 tokens is longer than the window of 48"):
+        score_tasks(Chain(torch.zeros(256, 256)), BYTES, [ask], **HOW)
+    ask = task([mc("q", ["a", "b" * 48])])
+    assert score_tasks(Chain(torch.zeros(256, 256)), BYTES, [ask], **HOW)["tasks"]["t"]["n"] == 1
+
+
+def test_a_million_blanks_can_be_asked_about(merging):
+    text = "a" + " " * 1_000_000 + "b"
+    assert merging.decode(encode_pair(merging, text, "c")[0]) == text + "c"
+    ask = task([gen(text, "x")], pool=[gen("q", "a")] * 3, shots=1, max_new=2)
+    assert score_tasks(Chain(torch.zeros(268, 268)), merging, [ask], **HOW)["tasks"]["t"]["n"] == 1
+
+
 # Multiple choice
 
 
@@ -373,6 +395,7 @@ def test_a_bad_line_is_named_with_its_file(tmp_path, line, words):
     (dict(shots="3"), "shots must be a whole number, 0 or more, not '3'"),
     (dict(shots=-1), "not -1"),
     (dict(stop=["a", ""]), "stop must be a list of strings"),
+    (dict(max_new=0), "max_new must be 1 or more, not 0"),
     (dict(match="fuzzy"), "match 'fuzzy' must be 'alias' or 'number'"),
     (dict(shots=1), "asks for 1 shots, of 1 lines"),
 ])
@@ -393,7 +416,7 @@ def test_files_without_questions_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_tasks([tmp_path / "missing.jsonl"])
     (tmp_path / "latin.jsonl").write_bytes(b'{"type": "mc", "context": "caf\xe9"}\n')
-    with pytest.raises(ValueError, match="latin.jsonl, line 1"):
+    with pytest.raises(ValueError, match="latin.jsonl, line 1: not UTF-8 text"):
         read_tasks([tmp_path / "latin.jsonl"])
 
 
@@ -577,7 +600,21 @@ def test_rows_that_do_not_fit_are_named_and_nothing_half_written(tmp_path, capsy
     assert "rows.parquet, row 1" in fails(capsys, "piqa", tmp_path / "rows.parquet", *out)
     assert "--train" in fails(capsys, "gsm8k", write(tmp_path / "rows.jsonl", ROWS["gsm8k"]), *out)
     assert "--hub" in fails(capsys, "all", tmp_path / "rows.jsonl", *out) and "--hub" in fails(capsys, "piqa", *out)
-    assert not list((tmp_path / "out").glob("*"))
+    assert "row 1" in fails(capsys, "piqa", write(tmp_path / "rows.jsonl", good | dict(goal="\ud800")), *out)
+    train_split = ["--train", write(tmp_path / "train.jsonl", ROWS["gsm8k"])]
+    assert "row 1" in fails(capsys, "gsm8k", tmp_path / "rows.jsonl", *train_split, *out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_no_empty_folder(tmp_path, capsys, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device", str(args[0]))
+
+    monkeypatch.setattr(data, "write_whole", full)
+    for name, more in (("piqa", []), ("gsm8k", ["--train", tmp_path / "rows.jsonl"])):
+        rows = write(tmp_path / "rows.jsonl", ROWS[name])
+        assert f"{name}.jsonl" in fails(capsys, name, rows, *more, "--out", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 def test_hub_fetches_the_split_and_the_training_split(tmp_path, capsys, monkeypatch):
