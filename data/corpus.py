@@ -256,12 +256,13 @@ def kept(out: Path) -> str:
 def check_begun_with(out: Path, old: dict, begun_with: dict):
     """Raise ValueError if this command is not the one that began `out`."""
     for name, value in begun_with.items():
-        before = old["begun_with"][name]
+        before, what = old["begun_with"][name], f"another --{name.replace('_', '-')}"
         if before != value:
-            what = f"another --{name.replace('_', '-')}"
             if name == "sources":
                 what = "other files or weights"
                 before = " ".join(f"{s['name']}={weight}" for s, (weight, _) in zip(old["sources"], before))
+            elif name == "tokenizer" and len(str(before)) == 64:  # its sha256
+                before = f"a {TOKENIZER_JSON} with other contents"
             raise ValueError(f"{out} was begun with {what}: {before}; use that again, or remove {out}")
 
 

@@ -225,7 +225,7 @@ def test_a_text_that_is_too_much_for_tiktokens_regex_is_encoded_all_the_same(bpe
     assert bpe.decode(tokens[1:].tolist()) == text[:-1] + "?" and n_bytes == len(text)
 
 
-def test_a_tokenizer_file_is_kept_with_the_data(tmp_path):
+def test_a_tokenizer_file_is_kept_with_the_data(tmp_path, fails):
     (tmp_path / "tok").mkdir()
     text = json_from_encoding(tokenizer("bytes"))  # as Hugging Face would have it
     (tmp_path / "tok/tokenizer.json").write_text(text)
@@ -237,6 +237,9 @@ def test_a_tokenizer_file_is_kept_with_the_data(tmp_path):
     ours, expected = (open_shard(tmp_path / name / "train_000000.bin") for name in ("out", "bytes"))
     encoding = tokenizer(str(tmp_path / "out/tokenizer.json"))  # its ids are in another order
     assert encoding.decode_bytes(ours.tolist()) == tokenizer("bytes").decode_bytes(expected.tolist())
+    (tmp_path / "out/meta.json").unlink()
+    options = ["--out", tmp_path / "out", "--val-every", 5]  # but now in bytes
+    fails(["--text", tmp_path / "a.txt", *options], "another --tokenizer: a tokenizer.json with other contents;")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
