@@ -1,9 +1,12 @@
 import numpy as np
 import pytest
 import tiktoken
+import torch
 
 from data.prepare import plain_text, prepare, split_text
 from data.tokens import HEADER, MAGIC, Dataset, encode, open_shard, permute, separator, tokenizer, write_shard
+from eval import TextBlocks
+from quantize import calibration_windows
 
 
 def test_the_permutation_is_one_to_one_for_any_size():
@@ -118,18 +121,31 @@ def test_plays_lose_their_markdown():
     )
 
 
-def test_a_million_blanks_are_prepared_although_tiktokens_regex_gives_up(tmp_path, monkeypatch):
-    pattern = r" ?\p{L}+|[^\s\p{L}]+|\s+(?!\S)|\s+"
-    gpt2_like = tiktoken.Encoding("r50k_base", pat_str=pattern, special_tokens={"<|endoftext|>": 256},
-                                  mergeable_ranks={bytes([i]): i for i in range(256)})
-    text = "a" + " " * 1_000_000 + "b"
+@pytest.fixture
+def gpt2_like():
+    """Bytes, with a pattern that as GPT-2's gives up on long runs of blanks."""
+    ranks, pattern = {bytes([i]): i for i in range(256)}, r" ?\p{L}+|[^\s\p{L}]+|\s+(?!\S)|\s+"
+    special = {"<|endoftext|>": 256}
+    return tiktoken.Encoding("r50k_base", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+BLANKS = "a" + " " * 1_000_000 + "b"
+
+
+def test_what_is_too_much_for_tiktokens_regex_is_halved(gpt2_like):
     with pytest.raises(ValueError, match="stack"):
-        gpt2_like.encode_to_numpy(text)
-    assert gpt2_like.decode(encode(gpt2_like, text).tolist()) == text
+        gpt2_like.encode_to_numpy(BLANKS)
+    assert gpt2_like.decode(encode(gpt2_like, BLANKS).tolist()) == BLANKS
     assert encode(gpt2_like, "a \ud800").tolist() == [97, 32, 63] and encode(gpt2_like, "").tolist() == []
+
+
+def test_a_million_blanks_are_prepared_measured_and_calibrated_on(gpt2_like, tmp_path, monkeypatch):
     monkeypatch.setattr("data.prepare.tokenizer_for_shards", lambda name: gpt2_like)
-    (tmp_path / "t.txt").write_text(f"{text}\n<|endoftext|>\n" + "c" * 200)
-    assert prepare(tmp_path / "out", "r50k_base", tmp_path / "t.txt")["tokens"]["train"] == 1 + len(text)
+    (tmp_path / "t.txt").write_text(f"{BLANKS}\n<|endoftext|>\n" + "c" * 200)
+    assert prepare(tmp_path / "out", "r50k_base", tmp_path / "t.txt")["tokens"]["train"] == 1 + len(BLANKS)
+    assert TextBlocks(BLANKS, gpt2_like, 100).n_windows == len(BLANKS) // 100
+    windows = calibration_windows({"seq_len": 99}, gpt2_like, "gptq", file=tmp_path / "t.txt")
+    assert windows.shape[1] == 100 and windows.dtype == torch.int64
 
 
 def test_a_failed_preparation_leaves_nothing(tmp_path, monkeypatch):
