@@ -168,7 +168,7 @@ def locked(out: Path):
     """
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; name another place with --out")
-    created = not os.path.lexists(out)
+    made = [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
     out.mkdir(parents=True, exist_ok=True)
     handle = os.open(out, os.O_RDONLY) if fcntl else None
     try:
@@ -185,8 +185,8 @@ def locked(out: Path):
             if empty and not n_written(out):
                 for path in list(out.iterdir()):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-                if created:
-                    out.rmdir()
+                for folder in made:
+                    folder.rmdir()
         if fcntl:
             os.close(handle)
 

@@ -417,6 +417,8 @@ def test_a_failure_hides_no_error_and_leaves_a_folder_that_was_there(tmp_path, f
         fails(["--text", tmp_path / "bad.jsonl", "--out", tmp_path / out], "line 1")
         assert list((tmp_path / "there").iterdir()) == []
     fails(["--text", tmp_path / "bad.jsonl", "--out", tmp_path / "bad.jsonl"], "is a file")
+    fails(["--text", tmp_path / "bad.jsonl", "--out", tmp_path / "new/deep/out"], "line 1")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("damage", ["", "{}", "[]", "3", "{", "begun_with", "splits", "sources", "revisions"])
