@@ -76,6 +76,7 @@ def panels(n: int, width=4.2, height=3.2):
     """A figure with n panels, at most three in a row, and the list of its axes."""
     columns = min(n, 3)
     rows = -(-n // columns)
+    width, height = (width, height) if columns < 3 else (3.3, 2.7)  # three fill a README's width with legible letters
     size = (width * columns, height * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for spare in axes.flat[n:]:
@@ -171,11 +172,12 @@ def draw_sinks(pictures):
             axis.plot(centers.numpy(), density, color=color, linestyle=line, label=name)
         layer, head = p.head
         share = p.result["sinks"]["share"][layer][head]
-        where = f"{p.label}: layer {layer + 1}, head {head + 1}"
+        where = f"{p.label}: block {layer + 1}, head {head + 1}"
         axis.set_title(f"{where}\n{share:.0%} of attention on the first token", fontsize=10)
         axis.set_xlabel("logit q.k / sqrt(d)")
         axis.set_ylabel("density")
         axis.set_xlim(-12, 12)
+        axis.set_ylim(top=1.4 * axis.get_ylim()[1])  # room for the legend
         axis.legend(fontsize=8)
     return figure
 
@@ -224,7 +226,7 @@ def draw_bits(series: list[tuple[str, dict]]):
 
 def save(figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=75 if len(figure.axes) > 3 else 110)  # about as wide as a README, and under 200 kB
+    figure.savefig(path, dpi=95 if len(figure.axes) > 3 else 110)  # about as wide as a README, and under 200 kB
     plt.close(figure)
     return path
 
