@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # A Point is a named place in the network that does nothing here. quantize.py and eval.py hang forward hooks on it, to
 # round the values that pass (what a hook returns replaces them) or to measure them. This file knows nothing of either.
@@ -209,6 +210,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
+        self.recompute = False  # in backward, compute each block again instead of keeping what it computed
         self._initialize()
 
     @torch.no_grad()
@@ -233,7 +235,10 @@ class Transformer(nn.Module):
         cos, sin = rope_tables(tokens.shape[1], config.head_dim, config.rope_theta, tokens.device, first=past)
         x = self.at_embed(self.embproj_in(self.embed(tokens)))  # [B, T, D]
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, cache[i] if cache else None)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, cache[i] if cache else None)
         return self.output(x, targets)
 
     def output(self, x, targets=None):

@@ -66,7 +66,8 @@ YES_NO = argparse.BooleanOptionalAction
 # Options of a launch, which the run does not remember:
 LAUNCH = {"json", "resume", "dry_run", "osp", "out", "ablation", "full", "seeds", "bench"}
 # Options that may change on --resume:
-MAY_CHANGE = {"steps", "cooldown", "micro_batch_size", "eval_every", "save_every", "data", "device", "compile"}
+MAY_CHANGE = {"steps", "cooldown", "micro_batch_size", "eval_every", "save_every", "data", "device", "compile",
+              "recompute"}
 LAST_GOOD = "the run's checkpoint is the last good state. Try a lower --lr"
 
 
@@ -116,6 +117,8 @@ def build_parser() -> Parser:
     add("--dtype", choices=["float32", "bfloat16"],
         help="of matrix products; weights stay float32 (default: bfloat16 on CUDA)")
     add("--compile", action=YES_NO, help="torch.compile: slower start, faster steps (default: on CUDA only)")
+    add("--recompute", action=YES_NO,
+        help="for small GPUs: keep no activations of blocks, compute them again in backward (a quarter slower)")
     add("--ablation", action="store_true", help="train the six rows of the paper's Table 2, tabulate and draw them")
     add("--full", action="store_true", help="with --ablation: all 12 combinations, also those the paper lacks")
     add("--seeds", type=int, help="with --ablation: as many runs of each row, --seed and the next ones (default: 1)")
@@ -402,6 +405,7 @@ def build(opt, vocab_size: int, ranks):
     torch.manual_seed(opt.seed)
     with torch.device(ranks.device if opt.device == "cuda" else "cpu"):  # a CPU takes 17 s to draw 1.4e9 random numbers
         model = Transformer(model_config(opt, vocab_size)).to(ranks.device)
+    model.recompute = bool(opt.recompute)
     optimizers = make_optimizers(model, opt.optimizer, opt.lr, opt.embed_lr, opt.weight_decay)
     if opt.compile:
         torch.compiler.reset()  # of a run before this one in the same process, there is nothing to reuse

@@ -186,3 +186,22 @@ def test_every_point_is_passed_and_can_replace_its_value():
 def test_impossible_shapes_are_refused_by_name(wrong, named):
     with pytest.raises(ValueError, match=named):
         replace(SMALL, **dict(dict(head_dim=0), **wrong))
+
+
+def test_recomputing_keeps_less_and_changes_no_gradient():
+    tokens, kept, gradients = torch.randint(96, (2, 33), generator=torch.Generator().manual_seed(0)), [], []
+    for recompute in (False, True):
+        model, stored = randomized(SMALL), {}
+        model.recompute = recompute
+
+        def note(t, stored=stored):
+            stored[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        kept.append(sum(stored.values()))
+        gradients.append([p.grad for p in model.parameters()])
+    assert kept[1] < kept[0] / 2
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))

@@ -137,6 +137,13 @@ def test_ranks_and_micro_batches_do_not_change_the_losses(small_run, tmp_path):
         assert_close_runs(tmp_path / "8x1", tmp_path / name)
 
 
+def test_recomputing_trains_the_same_model(small_run, tmp_path):
+    for name, extra in (("kept", []), ("again", ["--recompute"])):
+        train.main([*small_run, "--osp", "--steps", "6", *extra, "--out", str(tmp_path / name)])
+    kept, again = (load_checkpoint(tmp_path / name)["model"] for name in ("kept", "again"))
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
 def test_evaluating_more_often_changes_no_weight(small_run, tmp_path):
     for every in (1, 7, 100):
         train.main(
