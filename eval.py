@@ -36,17 +36,16 @@ from tqdm import tqdm
 from benchmarks import describe_tasks, read_tasks, score_tasks, tasks_table
 from cli import Parser, peak_memory_gib, pick_device, precision, run
 from data.tokens import TOKENIZER_JSON, Dataset, encode, find_dataset, spread, tokenizer_of
-from huggingface import is_llama, load_llama
-from model import Transformer, check_checkpoint, model_from_checkpoint, read_archive
+from model import Transformer
 from quantize import (
     METHODS,
     SWITCHES,
     add_switches,
     calibration_windows,
     includes,
+    load_model,
     parse_bits,
     quantize,
-    quantized_model,
     read_text,
     switches,
 )
@@ -427,18 +426,9 @@ def check_known(options: dict, data: dict, path):
 
 
 def load_target(path: str, device: str, int4: bool = False) -> Target:
-    """The model at `path`: a run directory, a checkpoint, a Hugging Face LLaMA directory or a file of quantize.py, of
-    which `int4` leaves the weights packed. Raises what load_checkpoint and load_llama do."""
+    """What quantize.load_model finds at `path`, with what is known of it. Raises what that does, and ValueError."""
     path = Path(path)
-    if is_llama(path):
-        model, options, data = load_llama(path, device)
-    else:
-        state = read_archive(path / "ckpt.pt" if path.is_dir() else path)
-        if isinstance(state, dict) and "packing" in state:
-            model = quantized_model(state, path, device, int4)
-        else:
-            model = model_from_checkpoint(check_checkpoint(state, path), device).eval()
-        options, data = state["options"], state["data"]
+    model, options, data, _ = load_model(path, device, int4)
     if int4 and not hasattr(model, "quantization"):
         raise ValueError(f"{path} is not quantized: --int4 is for files of quantize.py --out")
     check_known(options, data, path)

@@ -49,7 +49,7 @@ from huggingface import is_llama, last_evaluation, load_llama, save_llama
 from model import (
     Config,
     Transformer,
-    load_checkpoint,
+    check_checkpoint,
     model_from_checkpoint,
     read_archive,
     rope_tables,
@@ -746,6 +746,23 @@ def load_quantized(path, device="cpu") -> Transformer:
     return quantized_model(read_archive(Path(path)), path, device)
 
 
+def load_model(path, device="cpu", int4: bool = False):
+    """(model, options, data, step or None) of anything that holds a model: a run directory, a checkpoint, a Hugging
+    Face LLaMA directory, or such a file, of which `int4` leaves the weights packed.
+
+    Raises what read_archive, check_checkpoint, quantized_model and load_llama do.
+    """
+    path = Path(path)
+    if is_llama(path):
+        return *load_llama(path, device), None
+    state = read_archive(path / "ckpt.pt" if path.is_dir() else path)
+    if isinstance(state, dict) and "packing" in state:
+        model = quantized_model(state, path, device, int4)
+    else:
+        model = model_from_checkpoint(check_checkpoint(state, path), device).eval()
+    return model, state["options"], state["data"], state.get("step")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
@@ -843,26 +860,17 @@ def check(args, error, defaults):
         error("--w-group, --steps, --lr and --seed must be numbers of at least 0")
 
 
-def load_trained(target, device):
-    """(model, options, data, last evaluation or None) of a run, a checkpoint or a Hugging Face LLaMA directory."""
-    path = Path(target)
-    if is_llama(path):
-        return *load_llama(path, device), None
-    state = load_checkpoint(path)
-    log = (path if path.is_dir() else path.parent) / "log.jsonl"
-    evaluation = last_evaluation(log, state["step"])
-    return model_from_checkpoint(state, device).eval(), state["options"], state["data"], evaluation
-
-
 def main(argv=None):
     parser = build_parser()
     args = parser.parse(argv)
     check(args, parser.error, parser.get_default)
     device = pick_device(args.device, parser.error)
     try:
-        model, options, data, evaluation = load_trained(args.target, device)
+        model, options, data, step = load_model(args.target, device)
         if args.hf:
-            save_llama(model, args.hf, options, data, evaluation)
+            path = Path(args.target)
+            log = (path if path.is_dir() else path.parent) / "log.jsonl"
+            save_llama(model, args.hf, options, data, None if step is None else last_evaluation(log, step))
             print(f"{args.hf}: a plain LLaMA, for AutoModelForCausalLM and AutoTokenizer.from_pretrained")
             return
         windows = calibration_windows(options, tokenizer_of(data), args.method, args.steps, args.calib)

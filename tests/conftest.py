@@ -8,6 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import train
 from data.prepare import prepare
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
@@ -30,6 +31,14 @@ def small_run(dataset_dir):
     """Options of a run that takes a few milliseconds a step."""
     shape = "--preset tiny --n-layer 1 --n-head 2 --n-embd 32 --seq-len 16 --batch-size 8 --device cpu --lr 1e-2 --embed-lr 1e-2"
     return [*shape.split(), "--data", str(dataset_dir)]
+
+
+def train_osp(out, dataset_dir, n_layer, n_embd, seq_len, steps):
+    """A small OSP run in the directory `out`, which is returned."""
+    shape = f"--preset tiny --n-layer {n_layer} --n-head 2 --n-embd {n_embd} --seq-len {seq_len} --batch-size 8"
+    argv = f"{shape} --device cpu --lr 1e-2 --osp --steps {steps}"
+    train.main([*argv.split(), "--data", str(dataset_dir), "--out", str(out)])
+    return out
 
 
 def read_log(run_dir):

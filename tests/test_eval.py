@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from conftest import read_log
+from conftest import read_log, train_osp
 from launch import finish, start
 
 import eval as evaluation
@@ -45,9 +45,7 @@ def val(dataset_dir):
 def run_dir(dataset_dir, tmp_path_factory):
     """A small OSP model trained for 60 steps."""
     out = tmp_path_factory.mktemp("runs") / "osp"
-    shape = "--preset tiny --n-layer 2 --n-head 2 --n-embd 64 --seq-len 32 --batch-size 8 --device cpu --lr 1e-2"
-    train.main([*shape.split(), "--osp", "--data", str(dataset_dir), "--steps", "60", "--out", str(out)])
-    return out
+    return train_osp(out, dataset_dir, n_layer=2, n_embd=64, seq_len=32, steps=60)
 
 
 def model_with(seed=0, **changes):

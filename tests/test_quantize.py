@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import train_osp
 
 import eval as evaluation
 import quantize as Q
-import train
 from data.tokens import Dataset, tokenizer
 from model import Config, Transformer, load_checkpoint, model_from_checkpoint
 from quantize import (
@@ -545,9 +545,7 @@ def test_impossible_bits_are_refused_with_the_value(bits):
 @pytest.fixture(scope="module")
 def run_dir(dataset_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "osp"
-    shape = "--preset tiny --n-layer 1 --n-head 2 --n-embd 32 --seq-len 16 --batch-size 8 --device cpu --lr 1e-2"
-    train.main([*shape.split(), "--osp", "--data", str(dataset_dir), "--steps", "4", "--out", str(out)])
-    return out
+    return train_osp(out, dataset_dir, n_layer=1, n_embd=32, seq_len=16, steps=4)
 
 
 @pytest.fixture
