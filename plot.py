@@ -101,6 +101,13 @@ def kurtosis_axis(axis, floor: float):
     axis.grid(alpha=0.3)
 
 
+def legend_above(figure, axis):
+    """The axis's legend above all panels, where it hides no curve."""
+    handles, labels = axis.get_legend_handles_labels()
+    columns = len(labels) if len(labels) <= 4 else -(-len(labels) // 2)
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=9, frameon=False)
+
+
 def state_name(i: int) -> str:
     return "embedding output" if i == 0 else f"output of block {i}"
 
@@ -140,7 +147,7 @@ def draw_curves(series: list[tuple[str, list[dict]]], floor: float):
     kurtosis_axis(right, floor)
     for axis in (left, right):
         axis.set_xlabel("training tokens (millions)")
-    right.legend(fontsize=8)
+    legend_above(figure, right)
     return figure
 
 
@@ -182,24 +189,72 @@ def draw_sinks(pictures):
     return figure
 
 
-def draw_learning_rates(points: dict[str, list[tuple[float, float, float]]], floor: float):
-    """`points`: for each label (learning rate, kurtosis, validation loss) of its runs; a line joins the means."""
-    figure, (left, right) = panels(2, 5.2, 3.6)
+def draw_points(axes, points: dict[str, list[tuple]]):
+    """`points`: for each label (x, a value for each of the axes) of its runs; a line joins the means."""
     for label, group in points.items():
         color, line, marker = style(label)
-        for axis, column in ((left, 1), (right, 2)):
+        for column, axis in enumerate(axes, start=1):
             means = {}
             for point in sorted(group):
                 means.setdefault(point[0], []).append(point[column])
             axis.plot(list(means), [sum(v) / len(v) for v in means.values()], color=color, linestyle=line, label=label)
             axis.scatter([p[0] for p in group], [p[column] for p in group], color=color, marker=marker, s=18)
+    for axis in axes:
+        axis.set_xscale("log")
+        axis.grid(alpha=0.3)
+
+
+def draw_learning_rates(points: dict[str, list[tuple[float, float, float]]], floor: float):
+    """`points`: for each label (learning rate, kurtosis, validation loss) of its runs."""
+    figure, (left, right) = panels(2, 5.2, 3.6)
+    draw_points((left, right), points)
     kurtosis_axis(left, floor)
     right.set_ylabel("validation loss (nats per token)")
-    right.grid(alpha=0.3)
     for axis in (left, right):
-        axis.set_xscale("log")
         axis.set_xlabel("peak learning rate")
     left.legend(fontsize=8)
+    return figure
+
+
+def draw_knob(by_rate: dict[str, list[tuple]], by_length: dict[str, list[tuple]], floor: float):
+    """Both: for each label (learning rate, or steps; kurtosis, validation loss, loss added at 4-4-4) of its runs."""
+    figure, axes = panels(6)
+    for row, points, name in ((axes[:3], by_rate, "peak learning rate"), (axes[3:], by_length, "steps")):
+        draw_points(row, points)
+        kurtosis_axis(row[0], floor)
+        row[1].set_ylabel("validation loss (nats)")
+        row[2].set_ylabel("loss added at 4-4-4 bits")
+        row[2].set_yscale("log")
+        row[2].set_yticks([t for t in (0.02, 0.03, 0.05, 0.1, 0.2, 0.3) if t <= row[2].get_ylim()[1]])
+        row[2].yaxis.set_major_formatter("{x:g}")
+        for axis in row:
+            axis.set_xlabel(name)
+            axis.minorticks_off()
+    for axis in axes[3:]:
+        steps = sorted({point[0] for group in by_length.values() for point in group})
+        axis.set_xticks(steps, [str(n) for n in steps])
+    legend_above(figure, axes[0])
+    return figure
+
+
+def draw_traces(traces: dict[str, list[list[dict]]], panels_of: dict[str, str], log=()):
+    """`traces`: for each name the records of its runs, one list a run. `panels_of`: what the panels show, and titles. A
+    value that is a list, one number a block, counts with its largest. `log`: what to show on a logarithmic axis."""
+    figure, axes = panels(len(panels_of))
+    for i, (name, runs) in enumerate(traces.items()):
+        for j, records in enumerate(runs):
+            for axis, key in zip(axes, panels_of):
+                values = [max(r[key]) if isinstance(r[key], list) else r[key] for r in records]
+                color, line = plt.get_cmap("tab10")(i % 10), ["-", "--", "-.", ":"][i // 3 % 4]
+                axis.plot([r["step"] for r in records], values, color=color, linestyle=line, linewidth=1.2,
+                          label=None if j else name)
+    for axis, (key, title) in zip(axes, panels_of.items()):
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if key in log:
+            axis.set_yscale("log")
+    axes[-1].legend(fontsize=7)
     return figure
 
 
