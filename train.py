@@ -44,8 +44,8 @@ except ImportError:
 
 ROOT = Path(__file__).resolve().parent
 
-# How each preset is trained unless told otherwise. The learning rates of tiny and toy come from a sweep (README,
-# "Learning rates"); beside Muon, AdamW trains embedding and head at twice --lr. The runs on Shakespeare end before the
+# How each preset is trained unless told otherwise. The learning rates of tiny and toy come from sweeps, tabulated in
+# results/README.md; beside Muon, AdamW trains embedding and head at twice --lr. The runs on Shakespeare end before the
 # model overfits. `micro` is what fits an 80 GB card with either optimizer: at 1.4b, 8 take 47 GiB with OSP and 53 with
 # Adam; 16 are 2 to 3 % faster and take 74 with OSP.
 TRAINING = {

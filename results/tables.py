@@ -1,30 +1,240 @@
-"""The README's tables and three of its figures, made again from the logs in this folder: python results/tables.py
+"""The README's tables and its drawn figures, made again from the logs in this folder: python results/tables.py
 
+    ablation_full/   all 12 combinations on Shakespeare, three seeds each (runs.jsonl: command, measurement; logs.jsonl)
+    knob/            Adam, Muon and OSP on Shakespeare against learning rate and training length, two seeds each
+    books/           the pair on books, at length: rates tried, all methods of quantize.py, bits
+    ffn_hidden/      trace.py, and what it wrote for every variant of the norms' gains
+    speed/           bench.py's and the comparisons' lines
     first_minute/*.txt            what the first commands printed
     learning_rates/*.jsonl        one line a run of the sweeps: its command, hardware and final measurement
-    pair_toy/                     eval.py's output and the logs of the pair at its best rates
     four_bits/*.json              the loss that quantization adds: the command, and what eval.py --json printed
     ablation_*/                   eval.json and (every tenth step of) log.jsonl of `python train.py --ablation`
 
-A table stands in the README between <!-- table NAME --> and <!-- end -->. A test compares it with what this file makes.
+A table stands in README.md or results/README.md between <!-- table NAME --> and <!-- end -->. A test compares it with
+what this file makes.
 """
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # so that it runs from any directory
 
-from ablation import ablation_table, mean_and_spread  # noqa: E402 (it needs the line above)
+from ablation import ablation_table, mean_and_spread  # noqa: E402 (they need the line above)
+from results.ffn_hidden.trace import VARIANTS  # noqa: E402
 
-LABELS = {"adam": "Adam", "osp": "OSP", "muon-only": "Muon-only"}
+METHODS = ("rtn", "had", "gptq", "quarot", "spinquant")
+ABLATION_BITS = ("4-4-16", "4-4-4", "3-3-3")
+FLOOR = -6 / 385  # the kurtosis of Gaussian vectors of 384 channels, as toy and the books models have
+KNOB = ("Adam", "Muon-only", "Muon", "OSP")
+BOOKS = {"books-adam-1e-3": "Adam, 0.001", "books-adam-2e-3": "Adam, 0.002", "books-adam-4e-3": "Adam, 0.004",
+         "books-adam-8e-3": "Adam, 0.008", "books-muon": "Muon, 0.002", "books-osp": "OSP, 0.002"}  # with their rates
+ROWS = ("adam", "muon-only", "muon", "muon-ss", "muon-embproj", "muon-ss-embproj")  # the paper's, in its order
+TRACES_SHOWN = ("official", "init-sqrt-d", "init-inverse", "adamw", "frozen", "adam")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records, and cells of tables
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def records(path: str) -> list[dict]:
+    return [json.loads(line) for line in (HERE / path).read_text().splitlines()]
+
+
+def logs(folder: str) -> dict[str, list[dict]]:
+    return {run["name"]: run["log"] for run in records(f"{folder}/logs.jsonl")}
+
+
+def grouped(runs: list[dict], *keys: str) -> dict[tuple, list[dict]]:
+    """Runs that differ in nothing but the seed, in the order in which they come."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(tuple(run["eval"]["label"] if key == "label" else run[key] for key in keys), []).append(run)
+    return groups
+
+
+def spread(runs: list[dict], get, digits: int, sign: bool = False) -> str:
+    """Mean ± standard deviation of get(run); with a + in front if it is a difference."""
+    values = [get(run) for run in runs]
+    return ("+" if sign and statistics.mean(values) >= 0 else "") + mean_and_spread(values, digits)
+
+
+def of_eval(key: str):
+    return lambda run: run["eval"][key]
+
+
+def added(bits: str, method: str):
+    return lambda run: run["eval"]["quantized"][bits][method]["added"]
+
+
+def hidden_kurtosis(run) -> float:
+    """Of the FFN's hidden state, mean over blocks."""
+    return statistics.mean(run["eval"]["sites"]["ffn hidden"]["kurtosis"])
+
+
+def largest_ratio(run) -> float:
+    """The activation of the residual stream that stands out most, over the median of its sequence."""
+    return max(state["ratio"] for state in run["eval"]["largest"])
+
+
+def kurtosis_heads(runs: list[dict]) -> list[str]:
+    floors = runs[0]["eval"]
+    return [f"excess kurtosis (Gaussian {floors['kurtosis_floor']:.3f})",
+            f"as published (Gaussian {floors['kurtosis_as_published_floor']:.3f})"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The books, the ablation, the knob
+
+
+def books_runs() -> dict[str, dict]:
+    return {run["name"]: run for run in records("books/runs.jsonl")}
+
+
+def books_methods() -> str:
+    runs, rows = books_runs(), []
+    for name, label in BOOKS.items():
+        e = runs[name]["eval"]
+        results = e["quantized"]["4-4-4"]
+        best = min(result["val_loss"] for result in results.values())
+        rows.append([label, f"{e['val_loss']:.4f}", f"{e['kurtosis']:.2f}",
+                     *(f"{results[method]['added']:+.4f}" for method in METHODS), f"{best:.4f}"])
+    heads = kurtosis_heads([runs["books-osp"]])
+    return markdown(["", "validation loss", heads[0], *METHODS, "best loss at 4-4-4"], rows)
+
+
+def books_bits() -> str:
+    runs, rows = books_runs(), []
+    settings = ("4-8-16", "4-8-8", "4-4-16", "4-4-4", "3-3-3")
+    for name, label in BOOKS.items():
+        results = runs[f"table2-{name}"]["eval"]["quantized"] | {"4-4-4": runs[name]["eval"]["quantized"]["4-4-4"]}
+        for method in ("rtn", "had"):
+            rows.append([label, method, *(f"{results[bits][method]['added']:+.4f}" for bits in settings)])
+    return markdown(["", "", *settings], rows)
+
+
+def books_rates() -> str:
+    runs = [run for name, run in books_runs().items() if name.startswith("rate-")]
+    rows = [[r["eval"]["label"], f"{r['lr']:g}", f"{r['eval']['val_loss']:.4f}", f"{r['eval']['kurtosis']:.2f}",
+             *(f"{added('4-4-4', m)(r):+.4f}" for m in ("rtn", "had"))]
+            for r in sorted(runs, key=lambda r: (r["eval"]["label"], r["lr"]))]
+    head = ["", "peak learning rate", "validation loss", "excess kurtosis", "added at 4-4-4, rtn", "had"]
+    return markdown(head, rows)
+
+
+def books() -> str:
+    runs, rows = books_runs(), []
+    for name, label in BOOKS.items():
+        e, held = runs[name]["eval"], runs[f"held-{name}"]["eval"]
+        rows.append([label, f"{held['val_loss']:.4f}", *(f"{added('4-4-4', m)(runs[f'held-{name}']):+.4f}"
+                     for m in ("rtn", "had")), f"{e['kurtosis_as_published']:.2f}",
+                     f"{largest_ratio(runs[name]):,.0f}", f"{hidden_kurtosis(runs[name]):,.0f}"])
+    heads = kurtosis_heads([runs["books-osp"]])
+    return markdown(["", "loss on books not seen", "added at 4-4-4, rtn", "had", heads[1], "largest / median",
+                     "FFN hidden kurtosis"], rows)
+
+
+def ablation_full() -> str:
+    runs = records("ablation_full/runs.jsonl")
+    rows = [
+        [label, spread(group, of_eval("val_loss"), 4), spread(group, of_eval("bits_per_byte"), 4),
+         spread(group, of_eval("kurtosis"), 2), spread(group, of_eval("kurtosis_as_published"), 2),
+         spread(group, largest_ratio, 0), spread(group, hidden_kurtosis, 0)]
+        for (label,), group in grouped(runs, "label").items()
+    ]
+    head = ["", "validation loss", "bits per byte", *kurtosis_heads(runs), "largest / median", "FFN hidden kurtosis"]
+    return markdown(head, rows)
+
+
+def ablation_full_bits() -> str:
+    rows = []
+    for (label,), group in grouped(records("ablation_full/runs.jsonl"), "label").items():
+        cells = [spread(group, added(bits, method), 4, True) for bits in ABLATION_BITS for method in ("rtn", "had")]
+        rows.append([label, *cells])
+    return markdown(["", *(f"{bits} {method}" for bits in ABLATION_BITS for method in ("rtn", "had"))], rows)
+
+
+def knob_runs(what: str) -> list[dict]:
+    """Runs of knob/ and those of ablation_full/ that belong to them, sorted; only `what` differs from the defaults."""
+    runs = records("knob/runs.jsonl") + [r for r in records("ablation_full/runs.jsonl") if r["eval"]["label"] in KNOB]
+    if what == "lr":
+        return [r for r in runs if r["steps"] == 1000]
+    best = {r["eval"]["label"]: r["lr"] for r in runs if r["steps"] != 1000}
+    return [r for r in runs if r["lr"] == best.get(r["eval"]["label"])]
+
+
+def knob(what: str) -> str:
+    """`what`: "lr" or "steps", which the rows differ in."""
+    runs = knob_runs(what)
+    name = {"lr": "peak learning rate", "steps": "steps"}[what]
+    rows = [
+        [label, f"{x:g}", str(len(group)), spread(group, of_eval("val_loss"), 4), spread(group, of_eval("kurtosis"), 2),
+         spread(group, hidden_kurtosis, 0), *(spread(group, added("4-4-4", m), 4, True) for m in ("rtn", "had"))]
+        for (label, x), group in sorted(grouped(runs, "label", what).items())
+    ]
+    return markdown(["", name, "runs", "validation loss", f"excess kurtosis (Gaussian {FLOOR:.3f})",
+                     "FFN hidden kurtosis", "added at 4-4-4, rtn", "had"], rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The FFN's hidden state, speed, the laptop's tables
+
+
+def trace_runs() -> dict[str, list[list[dict]]]:
+    """For every variant of ffn_hidden/trace.py its runs: first line and records."""
+    runs = {}
+    for path in sorted(HERE.glob("ffn_hidden/*.jsonl"), key=lambda path: (path.stem.rsplit("-s", 1)[1], path.stem)):
+        run = records(f"ffn_hidden/{path.name}")
+        runs.setdefault(run[0]["variant"], []).append(run)
+    return {variant: runs[variant] for variant in VARIANTS if variant in runs}
+
+
+def ffn_hidden() -> str:
+    rows = []
+    for variant, runs in trace_runs().items():
+        last = [run[-1] for run in runs]
+
+        def cell(get, digits, last=last):
+            return mean_and_spread([get(r) for r in last], digits)
+
+        rows.append([
+            f"`{variant}`", cell(lambda r: r["val_loss"], 4), cell(lambda r: r["kurtosis"], 2),
+            cell(lambda r: statistics.mean(r["gains"]["ffn_norm"]), 2),
+            cell(lambda r: max(r["hidden_max"]), 0), cell(lambda r: max(r["hidden_max"]) / max(r["hidden_rms"]), 0),
+            cell(lambda r: statistics.mean(r["hidden_kurtosis"]), 0),
+            cell(lambda r: 100 * statistics.mean(r["hidden_error_4bit"]), 1),
+            cell(lambda r: 100 * statistics.mean(r["hidden_error_4bit_hadamard"]), 1),
+            *(cell(lambda r, m=m: r["quantized"]["4-4-4"][m] - r["val_loss"], 4) for m in ("rtn", "had")),
+        ])
+    return markdown(["variant", "validation loss", "residual kurtosis", "FFN norm's gain", "hidden max", "max / rms",
+                     "hidden kurtosis", "4-bit error, %", "after Hadamard, %", "added at 4-4-4, rtn", "had"], rows)
+
+
+def speed() -> str:
+    """Of speed/1.4b.jsonl: the comparison in one process, and the bench with larger micro-batches beside it."""
+    found = records("speed/1.4b.jsonl")
+    peak = statistics.mean(v for r in found for name, v in r.items() if name in ("peak_start_TF", "peak_end_TF"))
+    names = {"osp": "OSP", "adam": "Adam", "muon": "Muon",
+             "hf": "transformers' LLaMA, compiled, with torch.optim.Muon and fused AdamW"}
+    rows = []
+    for r in found:
+        if "result" in r:
+            name, micro = r["result"].split(":")
+            rows.append([names[name], micro, f"{r['tok_s']:,.0f}", f"{r['model_tflops'] / peak:.0%}",
+                         f"{r['optimizer_ms']:.0f} ms", f"{r['peak_gib']:.1f} GiB"])
+    for r in found:
+        if r.get("bench") == "a_micro16":
+            rows.append(["OSP, on another GPU", "16", f"{r['tokens_per_s']:,.0f}", f"{r['mfu_matmul']:.0%}",
+                         f"{r['optimizer_ms']:.0f} ms", f"{r['peak_memory_gib']:.1f} GiB"])
+    return markdown(["", "micro-batch", "tokens/s", "of the product's speed", "optimizer", "peak memory"], rows)
 
 
 def first_minute() -> str:
@@ -41,95 +251,99 @@ def first_minute() -> str:
     return markdown(head, rows)
 
 
-def sweep(name: str) -> list[dict]:
-    return [json.loads(line) for line in (HERE / f"learning_rates/{name}.jsonl").read_text().splitlines()]
-
-
-def learning_rates(name: str) -> str:
+def rates_tiny() -> str:
     groups = {}
-    for r in sweep(name):
+    for r in records("learning_rates/tiny-800.jsonl"):
         groups.setdefault((r["row"], float(r["lr"]), float(r["embed_lr"] or 0)), []).append(r)
     rows = []
     for (row, lr, embed_lr), runs in sorted(groups.items()):
         rate = f"{lr:g}" + (f", embedding and head {embed_lr:g}" if embed_lr else "")
         loss, kurtosis = ([r[key] for r in runs] for key in ("val_loss", "kurtosis"))
-        rows.append([LABELS[row], rate, str(len(runs)), mean_and_spread(loss, 4), mean_and_spread(kurtosis, 2)])
+        label = {"adam": "Adam", "osp": "OSP"}[row]
+        rows.append([label, rate, str(len(runs)), mean_and_spread(loss, 4), mean_and_spread(kurtosis, 2)])
     return markdown(["", "peak learning rate", "runs", "validation loss", "excess kurtosis"], rows)
 
 
-def quantized(name: str) -> list[dict]:
-    return json.loads((HERE / f"four_bits/{name}.json").read_text())["rows"]
-
-
-def four_bits(name: str) -> str:
-    rows, methods = [], None
-    for r in quantized(name):
-        for bits, results in r["quantized"].items():
-            methods = list(results)
-            added = [f"{results[method]['added']:+.4f}" for method in methods]
-            rows.append([bits, r["label"], f"{r['val_loss']:.4f}", *added])
-    order = list(dict.fromkeys(row[0] for row in rows))
-    return markdown(["bits", "", "exact loss", *methods], sorted(rows, key=lambda row: order.index(row[0])))
-
-
-def pair_toy() -> str:
+def four_bits_tiny() -> str:
     rows = []
-    for line in (HERE / "pair_toy/eval.txt").read_text().splitlines()[-2:]:
-        target, loss, _, bits, kurtosis, floor, published, published_floor, *_ = line.split()
-        label = {"adam1200": "Adam", "osp1200": "OSP"}[target]
-        rows.append([label, loss, bits, kurtosis, floor, published, published_floor])
-    head = ["", "validation loss", "bits per byte", "excess kurtosis", "Gaussian", "as published", "Gaussian"]
-    return markdown(head, rows)
+    for r in json.loads((HERE / "four_bits/tiny.json").read_text())["rows"]:
+        for bits, results in r["quantized"].items():
+            cells = [f"{results[method]['added']:+.4f}" for method in METHODS]
+            rows.append([bits, r["label"], f"{r['val_loss']:.4f}", *cells])
+    return markdown(["bits", "", "exact loss", *METHODS], rows)
 
 
-ROWS = ("adam", "muon-only", "muon", "muon-ss", "muon-embproj", "muon-ss-embproj")  # the paper's order
-
-
-def ablation(preset: str) -> str:
-    files = [HERE / f"ablation_{preset}/{row}-s0.eval.json" for row in ROWS]
+def ablation_tiny() -> str:
+    files = [HERE / f"ablation_tiny/{row}-s0.eval.json" for row in ROWS]
     return ablation_table([json.loads(path.read_text()) for path in files])
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# All tables and figures
+
+
 TABLES = {
+    "books": books,
+    "books_methods": books_methods,
+    "books_bits": books_bits,
+    "books_rates": books_rates,
     "first_minute": first_minute,
-    "pair_toy": pair_toy,
-    "ablation_toy": lambda: ablation("toy"),
-    "ablation_tiny": lambda: ablation("tiny"),
-    "four_bits_tiny": lambda: four_bits("tiny"),
-    "four_bits_toy": lambda: four_bits("toy"),
-    **{name: lambda name=name: learning_rates(name) for name in ("tiny-800", "toy-1000", "toy-1200")},
+    "ablation_full": ablation_full,
+    "ablation_full_bits": ablation_full_bits,
+    "ablation_tiny": ablation_tiny,
+    "ffn_hidden": ffn_hidden,
+    "four_bits_tiny": four_bits_tiny,
+    "speed": speed,
+    "knob_lr": lambda: knob("lr"),
+    "knob_steps": lambda: knob("steps"),
+    "rates_tiny": rates_tiny,
 }
+PAGES = (HERE.parent / "README.md", HERE / "README.md")
 
 
-def filled(readme: str) -> str:
-    """`readme` with every table made new."""
+def filled(page: str) -> str:
+    """`page` with every table made new."""
     pattern = r"(<!-- table (\S+) -->\n).*?(<!-- end -->)"
-    return re.sub(pattern, lambda m: f"{m.group(1)}{TABLES[m.group(2)]()}\n{m.group(3)}", readme, flags=re.S)
+    return re.sub(pattern, lambda m: f"{m.group(1)}{TABLES[m.group(2)]()}\n{m.group(3)}", page, flags=re.S)
 
 
 def figures():
     import plot
 
-    runs = [r for r in sweep("toy-1200") if r["row"] != "muon-only"]
-    points = {}
-    for r in runs:
-        points.setdefault(LABELS[r["row"]], []).append((float(r["lr"]), r["kurtosis"], r["val_loss"]))
-    assets, floor = HERE.parent / "assets", runs[0]["kurtosis_floor"]
-    yield plot.save(plot.draw_learning_rates(points, floor), assets / "learning_rates_toy.png")
-    series = []
-    for row in ROWS:
-        folder = HERE / "ablation_toy"
-        label = json.loads((folder / f"{row}-s0.eval.json").read_text())["label"]
-        log = (folder / f"{row}-s0.log.jsonl").read_text().splitlines()
-        series.append((label, [json.loads(line) for line in log]))
-    yield plot.save(plot.draw_curves(series, floor), assets / "curves_toy.png")
-    sweep_of_bits = [(r["label"], r["quantized"]) for r in quantized("toy_sweep")]
-    yield plot.save(plot.draw_bits(sweep_of_bits), assets / "bits_toy.png")
+    assets = HERE.parent / "assets"
+    plot.STYLES |= {"Adam, 0.001": ("#f3b98a", ":", "o"), "Adam, 0.002": ("#e58a3c", "-.", "o"),
+                    "Adam, 0.004": ("#d55e00", "-", "o"), "Adam, 0.008": ("#7f3800", "--", "o"),
+                    "Muon, 0.002": plot.STYLES["Muon"], "OSP, 0.002": plot.STYLES["OSP"]}
+    logged = logs("books")
+    series = [(label, logged[name]) for name, label in BOOKS.items()]
+    yield plot.save(plot.draw_curves(series, FLOOR), assets / "books_curves.png")
+
+    def points(what):
+        found = {}
+        for r in sorted(knob_runs(what), key=lambda r: KNOB.index(r["eval"]["label"])):
+            values = r["eval"]["kurtosis"], r["eval"]["val_loss"], added("4-4-4", "rtn")(r)
+            found.setdefault(r["eval"]["label"], []).append((r[what], *values))
+        return found
+
+    yield plot.save(plot.draw_knob(points("lr"), points("steps"), FLOOR), assets / "knob.png")
+    runs = books_runs()
+    shown = ("books-adam-4e-3", "books-muon", "books-osp")
+    bits = [(BOOKS[name], runs[f"sweep-{name}"]["eval"]["quantized"]) for name in shown]
+    yield plot.save(plot.draw_bits(bits), assets / "books_bits.png")
+    labels = {run["name"]: run["eval"]["label"] for run in records("ablation_full/runs.jsonl")}
+    series = [(labels[name], log) for name, log in logs("ablation_full").items() if name.rsplit("-s", 1)[0] in ROWS]
+    yield plot.save(plot.draw_curves(series, FLOOR), assets / "curves_toy.png")
+    traces = {variant: [run[1:] for run in runs] for variant, runs in trace_runs().items() if variant in TRACES_SHOWN}
+    for r in (r for runs in traces.values() for run in runs for r in run):
+        r["ffn_norm_gain"] = statistics.mean(r["gains"]["ffn_norm"])
+    shown = {"ffn_norm_gain": "gain of the FFN's norm", "hidden_max": "largest |hidden|",
+             "hidden_kurtosis": "excess kurtosis of the hidden state"}
+    yield plot.save(plot.draw_traces(traces, shown, log=shown), assets / "ffn_hidden.png")
 
 
 if __name__ == "__main__":
-    path = HERE.parent / "README.md"
-    path.write_text(filled(path.read_text()))
-    print(f"wrote the tables of {path.name}")
+    for path in PAGES:
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
+        print(f"wrote the tables of {path.relative_to(HERE.parent)}")
     for path in figures():
         print(f"wrote {path.name}")
