@@ -56,7 +56,7 @@ def newton_schulz(G, steps: int = 5):
     return (X.mT if tall else X).reshape(G.shape)
 
 
-def muon_update(grads, momenta, beta: float = 0.95, orthogonalize=newton_schulz):
+def muon_update(grads, momenta, beta: float = 0.95):
     """One Muon step for k tensors of one shape: matrices, vectors or scalars, given as lists or stacks.
 
     Returns (update [k, ...], new momenta), the update per unit of learning rate. Changes no argument. Mind that the
@@ -70,28 +70,13 @@ def muon_update(grads, momenta, beta: float = 0.95, orthogonalize=newton_schulz)
     for g, m, row in zip(grads, momenta, u):
         torch.add(g, m, alpha=beta, out=row)  # Nesterov: look one step ahead
     if len(shape) == 2:
-        unit = orthogonalize(u)
+        unit = newton_schulz(u)
     else:  # no singular values here: the official code divides by the 2-norm. For SSNorm's one number that is its sign.
         rows = u.view(len(u), -1)  # [k, n], n = 1 for scalars
         unit = (rows / (rows.norm(dim=1, keepdim=True) + 1e-8)).view_as(u)
     # m orthonormal rows of length n >= m have a typical entry of 1 / sqrt(n); sqrt(max) brings it to 1, and 0.2 is the
     # typical size of Adam's: at equal lr, equal steps
     return 0.2 * math.sqrt(max(shape, default=1)) * unit, momenta
-
-
-def orthogonalize_across_ranks(stack):
-    """newton_schulz(stack), each rank doing its share of the k matrices and all ranks getting all results.
-
-    Every rank holds the same averaged gradients and the same momentum, so only this, the expensive part, is divided.
-    """
-    k, world, rank = len(stack), dist.get_world_size(), dist.get_rank()
-    share = -(-k // world)  # the last ranks may own fewer matrices; zeros fill up their share
-    mine = stack[rank * share : (rank + 1) * share]
-    out = stack.new_zeros(share, *stack.shape[1:])
-    out[: len(mine)] = newton_schulz(mine)
-    gathered = stack.new_empty(world * share, *stack.shape[1:])
-    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(gathered, out)  # renamed in torch 2.13
-    return gathered[:k]
 
 
 def stacks(params, world: int):
@@ -108,6 +93,22 @@ def stacks(params, world: int):
             yield same[i * len(same) // lists : (i + 1) * len(same) // lists]
 
 
+def rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gathered(rows, k: int):
+    """The k rows [k, ...] of which every rank has its share: k / ranks rounded up, so that the last may have fewer."""
+    _, world = rank_and_world()
+    if world == 1:
+        return rows
+    mine = rows.new_zeros(-(-k // world), *rows.shape[1:])
+    mine[: len(rows)] = rows
+    everyones = rows.new_empty(world * len(mine), *rows.shape[1:])
+    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(everyones, mine)  # renamed in torch 2.13
+    return everyones[:k]
+
+
 class Muon(torch.optim.Optimizer):
     """Muon with decoupled weight decay, for one process or, under torch.distributed, for any number of equal replicas.
 
@@ -118,8 +119,9 @@ class Muon(torch.optim.Optimizer):
         weight_decay: a step multiplies the weights by 1 - lr * weight_decay; gains too, as in the official code.
         allow_tables: accept embedding and head too (the paper's "Muon without Adam" row).
 
-    The state is one momentum tensor per parameter, on every rank: state_dict() is complete wherever it is called and
-    loads at any number of ranks. Raises ValueError, naming the parameter, for what Muon must not be given.
+    Every rank has the same averaged gradients, so the work is divided: of each stack a rank keeps the momentum of its
+    share and computes its updates, and all get all updates. state_dict() is whole, and loads at any number of ranks.
+    Raises ValueError, naming the parameter, for what Muon must not be given.
     """
 
     def __init__(self, groups, lr=5e-4, momentum=0.95, weight_decay=0.01, allow_tables=False):
@@ -139,24 +141,56 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError(f"{name} has shape {tuple(p.shape)}; Muon takes matrices (2-D) and gains (0-D or 1-D)")
         super().add_param_group(group)
 
+    def _stacks(self):
+        """(group, stack, this rank's share of it) for every stack."""
+        rank, world = rank_and_world()
+        for group in self.param_groups:
+            # one process leaves alone what has no gradient; of several, DDP makes sure that there is none such
+            for params in stacks([p for p in group["params"] if world > 1 or p.grad is not None], world):
+                share = -(-len(params) // world)
+                yield group, params, params[rank * share : (rank + 1) * share]
+
+    def _momenta(self, params, mine):
+        """Those of `mine`, zero before the first step; a rank without a share makes up one, to have a row to send."""
+        for p in mine:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        return [self.state[p]["momentum"] for p in mine] or [torch.zeros_like(params[0])]
+
     @torch.no_grad()
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        orthogonalize = orthogonalize_across_ranks if world > 1 else newton_schulz
-        for group in self.param_groups:
-            for params in stacks([p for p in group["params"] if p.grad is not None], world):
-                grads = [p.grad for p in params]
-                for p in params:
-                    if not self.state[p]:
-                        self.state[p]["momentum"] = torch.zeros_like(p)
-                momenta = [self.state[p]["momentum"] for p in params]
-                update, momenta = muon_update(grads, momenta, group["momentum"], orthogonalize)
-                for p, momentum in zip(params, momenta):
-                    self.state[p]["momentum"] = momentum
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, update.unbind(), alpha=-group["lr"])
+        for group, params, mine in self._stacks():
+            momenta = self._momenta(params, mine)
+            grads = [p.grad for p in mine] or momenta
+            update, momenta = muon_update(grads, momenta, group["momentum"])
+            for p, momentum in zip(mine, momenta):
+                self.state[p]["momentum"] = momentum
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, gathered(update, len(params)).unbind(), alpha=-group["lr"])
         return loss
+
+    @torch.no_grad()
+    def state_dict(self):
+        """As one process would have it. Of several ranks all must call it; rank 0 gets the whole, the others less."""
+        rank, world = rank_and_world()
+        shares = dict(self.state)
+        for _, params, mine in self._stacks() if world > 1 else ():
+            everyones = gathered(torch.stack(self._momenta(params, mine)), len(params))
+            if rank == 0:
+                self.state.update({p: dict(momentum=m) for p, m in zip(params, everyones.cpu())})  # GPUs have no room
+        whole = super().state_dict()
+        self.state.clear()
+        self.state.update(shares)
+        return whole
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        _, world = rank_and_world()
+        if world > 1:
+            mine = {p for _, _, share in self._stacks() for p in share}
+            for p in self.state.keys() - mine:
+                del self.state[p]
 
 
 # Who is optimized by what. The module's type and name decide: an embedding has the shape of any matrix.

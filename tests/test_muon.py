@@ -1,7 +1,9 @@
 import copy
+import multiprocessing
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 from model import Config, Transformer
@@ -197,3 +199,51 @@ def test_the_state_survives_a_checkpoint():
         q.grad = p.grad.clone()
     first.step(), second.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters()))
+
+
+def train_some(model, optimizer, steps):
+    """With gradients that depend on the step alone, as if they had been averaged over ranks."""
+    for step in steps:
+        torch.manual_seed(step)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+
+
+def one_of(world, rank, folder, steps, state):
+    """A rank that trains, and writes what it holds, and what a checkpoint would."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    model = Transformer(Config(n_layer=3, norm="ss", embproj=True))
+    optimizer = make_optimizers(model, "muon-only", 1e-2, 1e-2, 0.1)[0]
+    if state:
+        saved = torch.load(state)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    train_some(model, optimizer, steps)
+    held = sum(state["momentum"].numel() for state in optimizer.state.values())
+    saved = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), held=held)
+    torch.save(saved, folder / f"{world}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_divide_the_momentum_and_save_all_of_it_for_any_number_of_ranks(tmp_path):
+    torch.manual_seed(0)
+    model = Transformer(Config(n_layer=3, norm="ss", embproj=True))
+    alone = make_optimizers(model, "muon-only", 1e-2, 1e-2, 0.1)[0]
+    numbers = sum(p.numel() for p in model.parameters())
+    state, context = None, multiprocessing.get_context("spawn")
+    for world, steps in ((3, (1, 2, 3)), (2, (4, 5))):  # 14 matrices of one shape, 6, 3 and 2 of others
+        ranks = [context.Process(target=one_of, args=(world, r, tmp_path, steps, state)) for r in range(world)]
+        [process.start() for process in ranks], [process.join(60) for process in ranks]
+        train_some(model, alone, steps)
+        found = [torch.load(tmp_path / f"{world}-{r}.pt") for r in range(world)]
+        for rank in found:  # all have the same weights, each its share of the momentum
+            assert all(torch.equal(w, rank["model"][name]) for name, w in model.state_dict().items())
+            assert rank["held"] < 1.25 * numbers / world  # shares are rounded up
+        assert sum(rank["held"] for rank in found) == numbers
+        expected, saved = (s["state"] for s in (alone.state_dict(), found[0]["optimizer"]))
+        assert expected.keys() == saved.keys()
+        assert all(torch.equal(expected[i]["momentum"], saved[i]["momentum"]) for i in expected)
+        state = tmp_path / f"{world}-0.pt"
