@@ -130,7 +130,7 @@ def draw_activations(pictures):
     return figure
 
 
-def draw_curves(series: list[tuple[str, list[dict]]], floor: float):
+def draw_curves(series: list[tuple[str, list[dict]]], floor: float, highest_loss: float | None = None):
     """`series`: (label, records of log.jsonl), one a run."""
     figure, (left, right) = panels(2, 5.2, 3.6)
     named = set()
@@ -143,6 +143,7 @@ def draw_curves(series: list[tuple[str, list[dict]]], floor: float):
         right.plot(millions, [r["kurtosis"] for r in points], **kwargs)
         named.add(label)
     left.set_ylabel("validation loss (nats per token)")
+    left.set_ylim(top=highest_loss)
     left.grid(alpha=0.3)
     kurtosis_axis(right, floor)
     for axis in (left, right):
@@ -216,13 +217,14 @@ def draw_learning_rates(points: dict[str, list[tuple[float, float, float]]], flo
     return figure
 
 
-def draw_knob(by_rate: dict[str, list[tuple]], by_length: dict[str, list[tuple]], floor: float):
+def draw_knob(by_rate: dict[str, list[tuple]], by_length: dict[str, list[tuple]], floor: float, highest_loss: float):
     """Both: for each label (learning rate, or steps; kurtosis, validation loss, loss added at 4-4-4) of its runs."""
     figure, axes = panels(6)
     for row, points, name in ((axes[:3], by_rate, "peak learning rate"), (axes[3:], by_length, "steps")):
         draw_points(row, points)
         kurtosis_axis(row[0], floor)
         row[1].set_ylabel("validation loss (nats)")
+        row[1].set_ylim(top=min(highest_loss, row[1].get_ylim()[1]))
         row[2].set_ylabel("loss added at 4-4-4 bits")
         row[2].set_yscale("log")
         row[2].set_yticks([t for t in (0.02, 0.03, 0.05, 0.1, 0.2, 0.3) if t <= row[2].get_ylim()[1]])
@@ -245,7 +247,7 @@ def draw_traces(traces: dict[str, list[list[dict]]], panels_of: dict[str, str], 
         for j, records in enumerate(runs):
             for axis, key in zip(axes, panels_of):
                 values = [max(r[key]) if isinstance(r[key], list) else r[key] for r in records]
-                color, line = plt.get_cmap("tab10")(i % 10), ["-", "--", "-.", ":"][i // 3 % 4]
+                color, line = plt.get_cmap("Dark2")(i % 8), ["-", "--", "-.", ":"][i // 3 % 4]
                 axis.plot([r["step"] for r in records], values, color=color, linestyle=line, linewidth=1.2,
                           label=None if j else name)
     for axis, (key, title) in zip(axes, panels_of.items()):

@@ -1,8 +1,8 @@
 """The README's tables and its drawn figures, made again from the logs in this folder: python results/tables.py
 
     ablation_full/   all 12 combinations on Shakespeare, three seeds each (runs.jsonl: command, measurement; logs.jsonl)
-    knob/            Adam, Muon and OSP on Shakespeare against learning rate and training length, two seeds each
-    books/           the pair on books, at length: rates tried, all methods of quantize.py, bits
+    knob/            the optimizers and OSP on Shakespeare against learning rate and training length, one to three seeds
+    books/           six models of books: rates tried, all methods of quantize.py, bits
     ffn_hidden/      trace.py, and what it wrote for every variant of the norms' gains
     speed/           bench.py's and the comparisons' lines
     first_minute/*.txt            what the first commands printed
@@ -316,7 +316,7 @@ def figures():
                     "Muon, 0.002": plot.STYLES["Muon"], "OSP, 0.002": plot.STYLES["OSP"]}
     logged = logs("books")
     series = [(label, logged[name]) for name, label in BOOKS.items()]
-    yield plot.save(plot.draw_curves(series, FLOOR), assets / "books_curves.png")
+    yield plot.save(plot.draw_curves(series, FLOOR, 4.4), assets / "books_curves.png")
 
     def points(what):
         found = {}
@@ -325,7 +325,7 @@ def figures():
             found.setdefault(r["eval"]["label"], []).append((r[what], *values))
         return found
 
-    yield plot.save(plot.draw_knob(points("lr"), points("steps"), FLOOR), assets / "knob.png")
+    yield plot.save(plot.draw_knob(points("lr"), points("steps"), FLOOR, 1.8), assets / "knob.png")
     runs = books_runs()
     shown = ("books-adam-4e-3", "books-muon", "books-osp")
     bits = [(BOOKS[name], runs[f"sweep-{name}"]["eval"]["quantized"]) for name in shown]

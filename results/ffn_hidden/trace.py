@@ -7,8 +7,9 @@ All other options are train.py's, and `official` is exactly `train.py --osp`. Ev
 state (what down_proj reads), the gains and the FFN's weights are measured, on the same few validation windows.
 
 FILE holds JSON lines: first what was run, and where; then a record for step 0, every --trace-every steps and the last
-step, which also has train.py's final evaluation. Lists have one number a block. Errors are those of 4 bits a token:
-squared error / square. Of an SSNorm `gains` is its gain, of an RMSNorm the root mean square of its gains.
+step, which also has train.py's final evaluation. Lists have one number a block. Errors are what rounding each token to
+4 bits changes, squared, over the square of the values. Of an SSNorm `gains` is its gain, of an RMSNorm the root mean
+square of its gains.
 
 Read it top to bottom: variants, what is measured, the run.
 """
@@ -38,7 +39,7 @@ WINDOWS = 64  # validation sequences in a measurement: 16k tokens of toy, about 
 class Variant(NamedTuple):
     """How a run differs from OSP."""
 
-    tests: str
+    question: str
     start: float = 0  # gains start at D to this power
     rule: str = "as built"  # who trains the gains: the optimizer of the matrices, "adamw" at --lr, or "nobody"
     decay: float | None = None  # weight decay of the gains; None: --weight-decay, as everything
@@ -200,7 +201,7 @@ def main(argv=None):
             def write(line: dict):
                 print(json.dumps(line), file=file, flush=True)
 
-            write(dict(variant=opt.variant, tests=variant.tests, start=variant.start, rule=variant.rule,
+            write(dict(variant=opt.variant, question=variant.question, start=variant.start, rule=variant.rule,
                        decay=variant.decay, options=options, hardware=hardware, torch=torch.__version__))
             trace(variant, opt, write)
     except (ValueError, OSError, ArithmeticError) as error:  # the records up to a loss that is not finite are written
