@@ -178,7 +178,9 @@ class Muon(torch.optim.Optimizer):
         for _, params, mine in self._stacks() if world > 1 else ():
             everyones = gathered(torch.stack(self._momenta(params, mine)), len(params))
             if rank == 0:
-                self.state.update({p: dict(momentum=m) for p, m in zip(params, everyones.cpu())})  # GPUs have no room
+                for p, momentum in zip(params, everyones):
+                    self.state[p] = dict(momentum=momentum.to("cpu", copy=True))  # a GPU has no room for all
+            del everyones  # before the next are made
         whole = super().state_dict()
         self.state.clear()
         self.state.update(shares)

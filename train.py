@@ -338,7 +338,7 @@ class Run:
             self.log_file.flush()
 
     def save(self, step, model, optimizers, dataset):
-        """Write the checkpoint. Weights and optimizer state are equal on all ranks, so rank 0's are everybody's."""
+        """Write the checkpoint. All ranks must call this, since each has a share of Muon's state; rank 0 writes."""
         if not all(p.isfinite().all() for p in model.parameters()):
             raise ArithmeticError(f"step {step} made weights that are not finite; {LAST_GOOD}")
         state = {

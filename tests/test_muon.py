@@ -246,4 +246,6 @@ def test_ranks_divide_the_momentum_and_save_all_of_it_for_any_number_of_ranks(tm
         expected, saved = (s["state"] for s in (alone.state_dict(), found[0]["optimizer"]))
         assert expected.keys() == saved.keys()
         assert all(torch.equal(expected[i]["momentum"], saved[i]["momentum"]) for i in expected)
+        sizes = [saved[i]["momentum"].untyped_storage().nbytes() for i in saved]
+        assert sum(sizes) == 4 * numbers  # of what was gathered, none of the padding
         state = tmp_path / f"{world}-0.pt"
