@@ -24,6 +24,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # so that it runs from any directory
 
 from ablation import ablation_table, mean_and_spread  # noqa: E402 (they need the line above)
+from cli import write_whole  # noqa: E402
 from results.ffn_hidden.trace import VARIANTS  # noqa: E402
 
 METHODS = ("rtn", "had", "gptq", "quarot", "spinquant")
@@ -46,7 +47,14 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def records(path: str) -> list[dict]:
-    return [json.loads(line) for line in (HERE / path).read_text().splitlines()]
+    """The lines of a log in this folder. Raises ValueError, naming the line, for one that is damaged."""
+    found = []
+    for number, line in enumerate((HERE / path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    return found
 
 
 def logs(folder: str) -> dict[str, list[dict]]:
@@ -191,8 +199,10 @@ def knob(what: str) -> str:
 def trace_runs() -> dict[str, list[list[dict]]]:
     """For every variant of ffn_hidden/trace.py its runs: first line and records."""
     runs = {}
-    for path in sorted(HERE.glob("ffn_hidden/*.jsonl"), key=lambda path: (path.stem.rsplit("-s", 1)[1], path.stem)):
+    for path in sorted(HERE.glob("ffn_hidden/*.jsonl")):
         run = records(f"ffn_hidden/{path.name}")
+        if not run or "val_loss" not in run[-1]:
+            raise ValueError(f"{path.name} is not a finished trace")
         runs.setdefault(run[0]["variant"], []).append(run)
     return {variant: runs[variant] for variant in VARIANTS if variant in runs}
 
@@ -341,9 +351,16 @@ def figures():
     yield plot.save(plot.draw_traces(traces, shown, log=shown), assets / "ffn_hidden.png")
 
 
+def main():
+    try:
+        for path in PAGES:
+            write_whole(path, filled(path.read_text(encoding="utf-8")))
+            print(f"wrote the tables of {path.relative_to(HERE.parent)}")
+        for path in figures():
+            print(f"wrote {path.name}")
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
 if __name__ == "__main__":
-    for path in PAGES:
-        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
-        print(f"wrote the tables of {path.relative_to(HERE.parent)}")
-    for path in figures():
-        print(f"wrote {path.name}")
+    main()

@@ -103,3 +103,13 @@ def test_a_record_is_what_the_kept_activations_give(dataset_dir):
         assert record["hidden_error_4bit"][i] == pytest.approx(error.item(), rel=1e-4)
         weight = model.blocks[i].ffn.down_proj.weight
         assert record["down_weight_rms"][i] == pytest.approx(weight.norm().item() / weight.numel() ** 0.5, rel=1e-4)
+
+
+def test_a_trace_overwrites_nothing_and_leaves_nothing_where_it_cannot_start(small_run, tmp_path):
+    traced(small_run, tmp_path, "official", "--steps", "1")
+    before = (tmp_path / "official.jsonl").read_text()
+    over, nosuch = ["--out", tmp_path / "official.jsonl"], ["--data", "nosuch", "--out", tmp_path / "new.jsonl"]
+    for options in (over, nosuch):
+        with pytest.raises(SystemExit, match="error: "):
+            trace.main(["official", *small_run, "--steps", "1", *map(str, options)])
+    assert (tmp_path / "official.jsonl").read_text() == before and not (tmp_path / "new.jsonl").exists()

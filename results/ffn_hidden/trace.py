@@ -185,6 +185,8 @@ def main(argv=None):
     parser.add_argument("--trace-every", type=int, default=50, help="steps between records (default: 50)")
     opt = parser.parse(argv)
     variant = VARIANTS[opt.variant]
+    if "RANK" in os.environ:
+        parser.error("a trace runs in one process: leave out torchrun")
     if not opt.out or opt.resume or opt.ablation or opt.bench or opt.dry_run:
         parser.error("name a file with --out; --resume, --ablation, --bench and --dry-run are train.py's alone")
     for name, value in variant.options.items():
@@ -195,8 +197,9 @@ def main(argv=None):
     hardware = torch.cuda.get_device_name() if opt.device == "cuda" else f"{os.cpu_count()} x {platform.machine()} CPU"
     options = {name: value for name, value in vars(opt).items() if name not in train.LAUNCH}
     try:
+        train.open_datasets(opt, train.Ranks())  # what is wrong with them shows before there is a file
         Path(opt.out).parent.mkdir(parents=True, exist_ok=True)
-        with open(opt.out, "w", encoding="utf-8") as file:
+        with open(opt.out, "x", encoding="utf-8") as file:  # x: never over another trace
 
             def write(line: dict):
                 print(json.dumps(line), file=file, flush=True)
@@ -204,7 +207,9 @@ def main(argv=None):
             write(dict(variant=opt.variant, question=variant.question, start=variant.start, rule=variant.rule,
                        decay=variant.decay, options=options, hardware=hardware, torch=torch.__version__))
             trace(variant, opt, write)
-    except (ValueError, OSError, ArithmeticError) as error:  # the records up to a loss that is not finite are written
+    except ArithmeticError as error:  # the records so far are written
+        sys.exit(f"error: {error}".replace(train.LAST_GOOD, "try a lower --lr"))
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
