@@ -162,6 +162,24 @@ def ablation_full() -> str:
     return markdown(head, rows)
 
 
+def by_site(named: list[tuple[str, list[dict]]]) -> str:
+    """`named`: label and runs of each row. Mean kurtosis over the blocks, for every site of eval.py."""
+    names = list(named[0][1][0]["eval"]["sites"])
+
+    def mean_of(site):
+        return lambda run: statistics.mean(run["eval"]["sites"][site]["kurtosis"])
+
+    return markdown(["", *names], [[label, *(spread(runs, mean_of(n), 2) for n in names)] for label, runs in named])
+
+
+def ablation_full_sites() -> str:
+    return by_site([(label, runs) for (label,), runs in grouped(records("ablation_full/runs.jsonl"), "label").items()])
+
+
+def books_sites() -> str:
+    return by_site([(label, [books_runs()[name]]) for name, label in BOOKS.items()])
+
+
 def ablation_full_bits() -> str:
     rows = []
     for (label,), group in grouped(records("ablation_full/runs.jsonl"), "label").items():
@@ -300,6 +318,8 @@ TABLES = {
     "first_minute": first_minute,
     "ablation_full": ablation_full,
     "ablation_full_bits": ablation_full_bits,
+    "ablation_full_sites": ablation_full_sites,
+    "books_sites": books_sites,
     "ablation_tiny": ablation_tiny,
     "ffn_hidden": ffn_hidden,
     "four_bits_tiny": four_bits_tiny,
