@@ -2,6 +2,7 @@
 
     ablation_full/   all 12 combinations on Shakespeare, three seeds each (runs.jsonl: command, measurement; logs.jsonl)
     knob/            the optimizers and OSP on Shakespeare against learning rate and training length, one to three seeds
+    adam_parts/      SSNorm and EmbProj for an Adam with outliers: tiny, a rate twice its best, two seeds (two CPU cores)
     books/           six models of books: rates tried, all methods of quantize.py, bits
     ffn_hidden/      trace.py, and what it wrote for every variant of the norms' gains
     speed/           bench.py's and the comparisons' lines
@@ -188,6 +189,14 @@ def ablation_full_bits() -> str:
     return markdown(["", *(f"{bits} {method}" for bits in ABLATION_BITS for method in ("rtn", "had"))], rows)
 
 
+def adam_parts() -> str:
+    runs = records("adam_parts/runs.jsonl")
+    rows = [[label, spread(group, of_eval("val_loss"), 4), spread(group, of_eval("kurtosis"), 2),
+             *(spread(group, added("4-4-4", m), 4, True) for m in ("rtn", "had"))]
+            for (label,), group in grouped(runs, "label").items()]
+    return markdown(["", "validation loss", kurtosis_heads(runs)[0], "added at 4-4-4, rtn", "had"], rows)
+
+
 def knob_runs(what: str) -> list[dict]:
     """Runs of knob/ and those of ablation_full/ that belong to them, sorted; only `what` differs from the defaults."""
     runs = records("knob/runs.jsonl") + [r for r in records("ablation_full/runs.jsonl") if r["eval"]["label"] in KNOB]
@@ -324,6 +333,7 @@ TABLES = {
     "ffn_hidden": ffn_hidden,
     "four_bits_tiny": four_bits_tiny,
     "speed": speed,
+    "adam_parts": adam_parts,
     "knob_lr": lambda: knob("lr"),
     "knob_steps": lambda: knob("steps"),
     "rates_tiny": rates_tiny,
