@@ -2,7 +2,7 @@
 
     ablation_full/   all 12 combinations on Shakespeare, three seeds each (runs.jsonl: command, measurement; logs.jsonl)
     knob/            the optimizers and OSP on Shakespeare against learning rate and training length, one to three seeds
-    adam_parts/      SSNorm and EmbProj for an Adam with outliers: tiny, a rate twice its best, two seeds (two CPU cores)
+    adam_parts/      SSNorm and EmbProj for an Adam with outliers: tiny, a rate twice its best, two seeds, on a CPU
     books/           six models of books: rates tried, all methods of quantize.py, bits
     ffn_hidden/      trace.py, and what it wrote for every variant of the norms' gains
     speed/           bench.py's and the comparisons' lines
