@@ -24,8 +24,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # so that it runs from any directory
 
-from ablation import ablation_table, mean_and_spread  # noqa: E402 (they need the line above)
-from cli import write_whole  # noqa: E402
+import cli  # noqa: E402 (it and the rest need the line above)
+from ablation import ablation_table, mean_and_spread  # noqa: E402
 from results.ffn_hidden.trace import VARIANTS  # noqa: E402
 
 METHODS = ("rtn", "had", "gptq", "quarot", "spinquant")
@@ -384,13 +384,15 @@ def figures():
 def main():
     try:
         for path in PAGES:
-            write_whole(path, filled(path.read_text(encoding="utf-8")))
+            cli.write_whole(path, filled(path.read_text(encoding="utf-8")))
             print(f"wrote the tables of {path.relative_to(HERE.parent)}")
         for path in figures():
             print(f"wrote {path.name}")
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)
