@@ -450,6 +450,12 @@ def optimizer_step(step, opt, batch, model, forward, autocast, optimizers, ranks
     return loss, norm, stopping
 
 
+def evaluated(model, val, opt, ranks, autocast) -> dict:
+    """What evaluate() says of the model, on as many windows as the preset asks for, shared among the ranks."""
+    windows, rows = TRAINING[opt.preset]["eval_windows"], micro_batch(opt, ranks.world)
+    return evaluate(model, val, windows, rows, autocast, ranks.rank, ranks.world)
+
+
 def train(opt, state, ranks, say) -> dict:
     """Train from `state`, or from scratch, to opt.steps. Returns the summary.
 
@@ -466,13 +472,10 @@ def train(opt, state, ranks, say) -> dict:
     say(f"{opt.batch_size} x {opt.seq_len} tokens a step, {epochs:.2g} epochs, run directory {run.path}")
 
     autocast = precision(opt.device, opt.dtype)
-
-    def evaluated(model):
-        windows, rows = TRAINING[opt.preset]["eval_windows"], micro_batch(opt, ranks.world)
-        return evaluate(model, val, windows, rows, autocast, ranks.rank, ranks.world)
+    how = val, opt, ranks, autocast
 
     def evaluate_and_log(step):
-        result = evaluated(model)
+        result = evaluated(model, *how)
         if not math.isfinite(result["val_loss"]):
             raise ArithmeticError(f"validation loss {result['val_loss']} after step {step}; {LAST_GOOD}")
         run.log(step=step, tokens=step * tokens_per_step, **result)
@@ -506,7 +509,8 @@ def train(opt, state, ranks, say) -> dict:
             sys.exit(128 + (stop.received or signal.SIGTERM))
     stop.no_longer()
     timed = times[1:] or times  # the first step compiles
-    result["quantized"] = {"4-4-4": {method: evaluated(quantize(model, "4-4-4", method)) for method in ("rtn", "had")}}
+    four = {method: evaluated(quantize(model, "4-4-4", method), *how) for method in ("rtn", "had")}
+    result["quantized"] = {"4-4-4": four}
     return dict(result, step=opt.steps, tokens=opt.steps * tokens_per_step, loss=loss, run=str(run.path),
                 tokens_per_s=tokens_per_step * len(timed) / sum(timed),
                 peak_memory_gib=peak_memory_gib(ranks.device))

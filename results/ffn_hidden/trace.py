@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs 
 
 import train  # noqa: E402 (it and the rest need the line above)
 from cli import precision, run  # noqa: E402
-from eval import Watch, evaluate, excess_kurtosis, mean_loss, sites  # noqa: E402
+from eval import Watch, excess_kurtosis, mean_loss, sites  # noqa: E402
 from quantize import hadamard_transform, quantize, round_tokens  # noqa: E402
 
 WINDOWS = 64  # validation sequences in a measurement: 16k tokens of toy, about one training step
@@ -144,10 +144,9 @@ def measure(model, dataset, batch_size: int, autocast) -> dict:
 # The run
 
 
-def trace(variant: Variant, opt, write):
+def trace(variant: Variant, opt, data, val, write):
     """Train as train.py does, but in one process, without checkpoints. Calls write(record)."""
     ranks, autocast, rows = train.Ranks(device=opt.device), precision(opt.device, opt.dtype), train.micro_batch(opt, 1)
-    data, val = train.open_datasets(opt, ranks)
     model, optimizers, forward = train.build(opt, data.meta["vocab_size"], ranks)
     vary(variant, opt, model, optimizers)
     began, measuring = time.perf_counter(), 0.0
@@ -171,11 +170,9 @@ def trace(variant: Variant, opt, write):
     last = record(opt.steps, loss=loss)
     seconds = dict(seconds=time.perf_counter() - began, seconds_measuring=measuring)
 
-    def evaluated(model):
-        return evaluate(model, val, train.TRAINING[opt.preset]["eval_windows"], rows, autocast)
-
-    four = {method: evaluated(quantize(model, "4-4-4", method))["val_loss"] for method in ("rtn", "had")}
-    write(dict(last, **seconds, **evaluated(model), quantized={"4-4-4": four}))
+    how = val, opt, ranks, autocast
+    four = {method: train.evaluated(quantize(model, "4-4-4", method), *how)["val_loss"] for method in ("rtn", "had")}
+    write(dict(last, **seconds, **train.evaluated(model, *how), quantized={"4-4-4": four}))
 
 
 def main(argv=None):
@@ -197,7 +194,7 @@ def main(argv=None):
     hardware = torch.cuda.get_device_name() if opt.device == "cuda" else f"{os.cpu_count()} x {platform.machine()} CPU"
     options = {name: value for name, value in vars(opt).items() if name not in train.LAUNCH}
     try:
-        train.open_datasets(opt, train.Ranks())  # what is wrong with them shows before there is a file
+        datasets = train.open_datasets(opt, train.Ranks())  # what is wrong with them shows before there is a file
         Path(opt.out).parent.mkdir(parents=True, exist_ok=True)
         with open(opt.out, "x", encoding="utf-8") as file:  # x: never over another trace
 
@@ -206,7 +203,7 @@ def main(argv=None):
 
             write(dict(variant=opt.variant, question=variant.question, start=variant.start, rule=variant.rule,
                        decay=variant.decay, options=options, hardware=hardware, torch=torch.__version__))
-            trace(variant, opt, write)
+            trace(variant, opt, *datasets, write)
     except ArithmeticError as error:  # the records so far are written
         sys.exit(f"error: {error}".replace(train.LAST_GOOD, "try a lower --lr"))
     except (ValueError, OSError) as error:
