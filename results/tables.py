@@ -8,6 +8,7 @@
     speed/           bench.py's and the comparisons' lines
     first_minute/*.txt            what the first commands printed
     learning_rates/*.jsonl        one line a run of the sweeps: its command, hardware and final measurement
+    pair_toy/                     figure 6: the logs of its two runs, and eval.py's output
     four_bits/*.json              the loss that quantization adds: the command, and what eval.py --json printed
     ablation_*/                   eval.json and (every tenth step of) log.jsonl of `python train.py --ablation`
 
@@ -84,6 +85,11 @@ def added(bits: str, method: str):
     return lambda run: run["eval"]["quantized"][bits][method]["added"]
 
 
+def both_added(runs: list[dict], bits: str = "4-4-4") -> list[str]:
+    """Two cells: the loss that these bits add with plain rounding, and with a Hadamard in the FFN."""
+    return [spread(runs, added(bits, method), 4, sign=True) for method in ("rtn", "had")]
+
+
 def hidden_kurtosis(run) -> float:
     """Of the FFN's hidden state, mean over blocks."""
     return statistics.mean(run["eval"]["sites"]["ffn hidden"]["kurtosis"])
@@ -133,7 +139,7 @@ def books_bits() -> str:
 def books_rates() -> str:
     runs = [run for name, run in books_runs().items() if name.startswith("rate-")]
     rows = [[r["eval"]["label"], f"{r['lr']:g}", f"{r['eval']['val_loss']:.4f}", f"{r['eval']['kurtosis']:.2f}",
-             *(f"{added('4-4-4', m)(r):+.4f}" for m in ("rtn", "had"))]
+             *both_added([r])]
             for r in sorted(runs, key=lambda r: (r["eval"]["label"], r["lr"]))]
     head = ["", "peak learning rate", "validation loss", "excess kurtosis", "added at 4-4-4, rtn", "had"]
     return markdown(head, rows)
@@ -142,10 +148,10 @@ def books_rates() -> str:
 def books() -> str:
     runs, rows = books_runs(), []
     for name, label in BOOKS.items():
-        e, held = runs[name]["eval"], runs[f"held-{name}"]["eval"]
-        rows.append([label, f"{held['val_loss']:.4f}", *(f"{added('4-4-4', m)(runs[f'held-{name}']):+.4f}"
-                     for m in ("rtn", "had")), f"{e['kurtosis_as_published']:.2f}",
-                     f"{largest_ratio(runs[name]):,.0f}", f"{hidden_kurtosis(runs[name]):,.0f}"])
+        run, held = runs[name], runs[f"held-{name}"]
+        rows.append([label, f"{held['eval']['val_loss']:.4f}", *both_added([held]),
+                     f"{run['eval']['kurtosis_as_published']:.2f}", f"{largest_ratio(run):,.0f}",
+                     f"{hidden_kurtosis(run):,.0f}"])
     heads = kurtosis_heads([runs["books-osp"]])
     return markdown(["", "loss on books not seen", "added at 4-4-4, rtn", "had", heads[1], "largest / median",
                      "FFN hidden kurtosis"], rows)
@@ -178,21 +184,20 @@ def ablation_full_sites() -> str:
 
 
 def books_sites() -> str:
-    return by_site([(label, [books_runs()[name]]) for name, label in BOOKS.items()])
+    runs = books_runs()
+    return by_site([(label, [runs[name]]) for name, label in BOOKS.items()])
 
 
 def ablation_full_bits() -> str:
     rows = []
     for (label,), group in grouped(records("ablation_full/runs.jsonl"), "label").items():
-        cells = [spread(group, added(bits, method), 4, True) for bits in ABLATION_BITS for method in ("rtn", "had")]
-        rows.append([label, *cells])
+        rows.append([label, *(cell for bits in ABLATION_BITS for cell in both_added(group, bits))])
     return markdown(["", *(f"{bits} {method}" for bits in ABLATION_BITS for method in ("rtn", "had"))], rows)
 
 
 def adam_parts() -> str:
     runs = records("adam_parts/runs.jsonl")
-    rows = [[label, spread(group, of_eval("val_loss"), 4), spread(group, of_eval("kurtosis"), 2),
-             *(spread(group, added("4-4-4", m), 4, True) for m in ("rtn", "had"))]
+    rows = [[label, spread(group, of_eval("val_loss"), 4), spread(group, of_eval("kurtosis"), 2), *both_added(group)]
             for (label,), group in grouped(runs, "label").items()]
     return markdown(["", "validation loss", kurtosis_heads(runs)[0], "added at 4-4-4, rtn", "had"], rows)
 
@@ -212,11 +217,11 @@ def knob(what: str) -> str:
     name = {"lr": "peak learning rate", "steps": "steps"}[what]
     rows = [
         [label, f"{x:g}", str(len(group)), spread(group, of_eval("val_loss"), 4), spread(group, of_eval("kurtosis"), 2),
-         spread(group, hidden_kurtosis, 0), *(spread(group, added("4-4-4", m), 4, True) for m in ("rtn", "had"))]
+         spread(group, hidden_kurtosis, 0), *both_added(group)]
         for (label, x), group in sorted(grouped(runs, "label", what).items())
     ]
-    return markdown(["", name, "runs", "validation loss", f"excess kurtosis (Gaussian {FLOOR:.3f})",
-                     "FFN hidden kurtosis", "added at 4-4-4, rtn", "had"], rows)
+    return markdown(["", name, "runs", "validation loss", kurtosis_heads(runs)[0], "FFN hidden kurtosis",
+                     "added at 4-4-4, rtn", "had"], rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
