@@ -120,8 +120,8 @@ class Muon(torch.optim.Optimizer):
         allow_tables: accept embedding and head too (the paper's "Muon without Adam" row).
 
     Every rank has the same averaged gradients, so the work is divided: of each stack a rank keeps the momentum of its
-    share and computes its updates, and all get all updates. state_dict() is whole, and loads at any number of ranks.
-    Raises ValueError, naming the parameter, for what Muon must not be given.
+    share and computes its updates, and all get all updates. The state_dict() of rank 0 is whole, and loads at any
+    number of ranks. Raises ValueError, naming the parameter, for what Muon must not be given.
     """
 
     def __init__(self, groups, lr=5e-4, momentum=0.95, weight_decay=0.01, allow_tables=False):
