@@ -9,15 +9,18 @@ optimizer computes counts as loss, and so does all moving of data. There are two
 which no program reaches, and that of one large matrix product just before, which tells this card on this day.
 """
 
+import re
 import statistics
 import time
+from collections import Counter
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from cli import peak_memory_gib, precision
 from model import PRESETS
-from train import build, open_datasets, optimizer_step
+from train import accumulate_gradients, build, micro_batch, open_datasets, optimizer_step
 
 UNCOUNTED = 2  # steps: the first compiles, in the second the memory pools settle
 DATASHEET = {  # dense bfloat16 FLOP/s, by words in the name that torch gives the GPU
@@ -25,6 +28,17 @@ DATASHEET = {  # dense bfloat16 FLOP/s, by words in the name that torch gives th
     "H100 80GB HBM3": 989e12,
     "H100 PCIe": 756e12,
     "H200": 989e12,
+}
+KERNELS = {  # what a GPU's kernel is for, by words in the name its author or torch.compile gave it; the first counts
+    "attention": "sdpa|flash|fmha|cudnn",
+    "matrix products": "nvjet|gemm|cutlass",
+    "sums over GPUs": "nccl",
+    "loss": "softmax",
+    "SwiGLU": "silu",
+    "norms and residual stream": r"rms_norm|view_add_\d+$",
+    "RoPE and layout of heads": "_(cat|clone)_",
+    "weight casts, sums of gradients": r"to_copy(_t)?_\d+$|CUDAFunctor_add",
+    "other": "",
 }
 
 
@@ -82,13 +96,29 @@ def matmul_flops(device: str, n: int = 8192) -> float:
     return 2 * n**3 / median_ms(marks[half:-1], marks[half + 1 :]) * 1e3
 
 
+def kind(kernel: str) -> str:
+    return next(what for what, words in KERNELS.items() if re.search(words, kernel, re.IGNORECASE))
+
+
+def where_time_goes(run) -> dict[str, float]:
+    """Shares of a GPU's time in what run() computes there, by KERNELS, the largest first."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    us = Counter()
+    for event in profiler.key_averages():
+        us[kind(event.key)] += event.device_time_total
+    return {what: time / us.total() for what, time in us.most_common()}
+
+
 def bench(opt, ranks) -> dict:
     """Time opt.steps training steps. Returns what report() prints; a GPU's peaks only if they are known."""
     began, on_gpu = time.perf_counter(), ranks.device.startswith("cuda")
     result = {"gpu": torch.cuda.get_device_name() if on_gpu else None, "ranks": ranks.world}
     peaks = {}
     if on_gpu:
-        peaks["mfu_matmul"] = matmul_flops(ranks.device)
+        mine = torch.tensor([matmul_flops(ranks.device)], device=ranks.device, dtype=torch.float64)
+        peaks["mfu_matmul"] = ranks.mean(mine)[0]  # no two cards are equally fast
         result["matmul_tflops"] = peaks["mfu_matmul"] / 1e12
         for words, flops in DATASHEET.items():
             if words in result["gpu"]:
@@ -113,9 +143,14 @@ def bench(opt, ranks) -> dict:
     optimizer_ms = median_ms(before[UNCOUNTED:], after[UNCOUNTED:])
     tokens = opt.batch_size * opt.seq_len
     flops = flops_per_token(model, opt.seq_len) * tokens / ranks.world / ms * 1e3  # FLOP/s of each GPU
+    peak_memory = peak_memory_gib(ranks.device)
+    if on_gpu:
+        micro = micro_batch(opt, ranks.world)
+        result["forward_backward_shares"] = where_time_goes(lambda: accumulate_gradients(
+            forward, batch[:micro], micro, precision(opt.device, opt.dtype), ranks.world))
     return dict(result, tokens_per_step=tokens, step_ms=ms, forward_backward_ms=ms - optimizer_ms,
                 optimizer_ms=optimizer_ms, tokens_per_s=tokens / ms * 1e3, model_tflops=flops / 1e12,
-                peak_memory_gib=peak_memory_gib(ranks.device), **{name: flops / peak for name, peak in peaks.items()})
+                peak_memory_gib=peak_memory, **{name: flops / peak for name, peak in peaks.items()})
 
 
 def report(r: dict) -> str:
@@ -130,4 +165,7 @@ model arithmetic   {r["model_tflops"]:.1f} TFLOP/s for each process"""
         lines += f"\nMFU                {r['mfu_matmul']:.1%} of the {r['matmul_tflops']:.0f} TFLOP/s of a product"
     if "mfu_datasheet" in r:
         lines += f"\n                   {r['mfu_datasheet']:.1%} of the datasheet's for {r['gpu']}"
+    if "forward_backward_shares" in r:
+        shares = [f"{what} {share:.1%}" for what, share in r["forward_backward_shares"].items()]
+        lines += "\nforward, backward  " + "\n                   ".join(shares)
     return lines
