@@ -1,8 +1,10 @@
+import gc
 import json
 import os
 import random
 import signal
 import time
+import weakref
 
 import pytest
 import torch
@@ -202,6 +204,20 @@ def test_the_log_has_the_promised_keys(small_run, tmp_path, capsys):
     assert len(evaluations[4]["kurtosis_per_layer"]) == 2  # embedding output and one block
     summary = json.loads(capsys.readouterr().out)
     assert summary["val_loss"] == evaluations[4]["val_loss"] and summary["step"] == 4
+
+
+def test_the_collector_leaves_out_what_compiling_left_and_no_model_outlives_its_run(small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)  # not every machine that tests can compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: setattr(module, "itself", module.forward))  # a cycle
+    counts, models, step, build = [], [], train.optimizer_step, train.build
+    monkeypatch.setattr(train, "optimizer_step", lambda *args: counts.append(gc.get_freeze_count()) or step(*args))
+    monkeypatch.setattr(train, "build", lambda *args: models.append(build(*args)) or models[-1])
+    train.main([*small_run, "--compile", "--steps", "3", "--out", str(tmp_path / "r")])
+    assert counts[1] == counts[2] > counts[0] and gc.get_freeze_count() == 0
+    block = weakref.ref(models[0][0].blocks[0])
+    models.clear()
+    gc.collect()
+    assert block() is None
 
 
 def test_the_schedule_is_a_trapezoid():
