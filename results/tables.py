@@ -17,6 +17,7 @@ what this file makes.
 """
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -279,6 +280,51 @@ def speed() -> str:
     return markdown(["", "micro-batch", "tokens/s", "of the product's speed", "optimizer", "peak memory"], rows)
 
 
+def where_time_goes() -> str:
+    """Of the four cards that ran bench.py alone in speed/two_gpus.jsonl: means."""
+    ones = [r for r in records("speed/two_gpus.jsonl") if "forward_backward_shares" in r and r["bench"] == "one"]
+    shares = {"optimizer": statistics.mean(r["optimizer_ms"] / r["step_ms"] for r in ones)}
+    for what in ones[0]["forward_backward_shares"]:
+        shares[what] = statistics.mean(r["forward_backward_shares"][what] * r["forward_backward_ms"] / r["step_ms"]
+                                       for r in ones)
+    rows = sorted(shares.items(), key=lambda item: (item[0] == "other", -item[1]))
+    return markdown(["where the time goes", "share of a step"], [[what, f"{share:.1%}"] for what, share in rows])
+
+
+def two_gpus() -> str:
+    """A row a host: tokens/s of its GPUs alone, as far as measured, of both together, and the ratio to their mean."""
+    first = {r.get("bench"): r for r in records("speed/1.4b.jsonl")}
+    hosts = {1: ([first["a_micro8"]], first["b_two"])}
+    for r in records("speed/two_gpus.jsonl"):
+        if r.get("bench") == "one":
+            hosts.setdefault(r["host"], ([], None))[0].append(r)
+        elif r.get("bench") == "two":
+            hosts[r["host"]] = hosts[r["host"]][0], r
+    rows = []
+    for host, (ones, two) in hosts.items():
+        speeds = [r["tokens_per_s"] for r in ones]
+        both = two["tokens_per_s"] if two else math.nan
+        ratio = both / statistics.mean(speeds)
+        cells = f"{host}", " and ".join(f"{speed:,.0f}" for speed in speeds), f"{both:,.0f}", f"{ratio:.2f}"
+        rows.append([cell.replace("nan", "-") for cell in cells])
+    return markdown(["host", "tokens/s of one GPU", "of two", "ratio"], rows)
+
+
+def forward_backward_variants() -> str:
+    tried = [r for r in records("speed/variants.jsonl") if "forward_backward" in r]
+    return markdown(["forward and backward of 16 x 2048 tokens", "ms", "of what is kept"],
+                    [[r["forward_backward"], f"{r['ms']:.0f}", f"{r['ms'] / tried[0]['ms']:.3f}"] for r in tried])
+
+
+def muon_variants() -> str:
+    rows, usual = [], {}
+    for r in records("speed/variants.jsonl"):
+        if "muon_step" in r:
+            usual.setdefault(r["run"], r["ms"])  # torch.optim.Muon comes first
+            rows.append([r["muon_step"], f"{r['run']}", f"{r['ms']:.0f}", f"{r['ms'] / usual[r['run']]:.2f}"])
+    return markdown(["Muon's step", "run", "ms", "of torch.optim.Muon's"], rows)
+
+
 def first_minute() -> str:
     rows = []
     for name, machine in (("tiny", "two CPU cores"), ("toy", "one H100")):
@@ -338,6 +384,10 @@ TABLES = {
     "ffn_hidden": ffn_hidden,
     "four_bits_tiny": four_bits_tiny,
     "speed": speed,
+    "where_time_goes": where_time_goes,
+    "two_gpus": two_gpus,
+    "forward_backward_variants": forward_backward_variants,
+    "muon_variants": muon_variants,
     "adam_parts": adam_parts,
     "knob_lr": lambda: knob("lr"),
     "knob_steps": lambda: knob("steps"),
