@@ -1,4 +1,6 @@
-"""How fast a training step is, and how near to what the GPU can do: python train.py --osp --preset 1.4b --bench
+"""How fast a training step is, and how near to what the GPU can do.
+
+    python train.py --osp --preset 1.4b --bench --batch-size 256
 
 The step is train.py's own `optimizer_step`, on random tokens; nothing is evaluated, nothing saved. --steps says how
 many steps are counted; medians are reported. A few go before them uncounted, since the first compiles.
@@ -7,6 +9,9 @@ MFU, model FLOP/s utilisation, is the part of the GPU's arithmetic that went int
 FLOP a token for every weight of a matrix (2 forwards, 4 backwards), and the causal half of attention. What the
 optimizer computes counts as loss, and so does all moving of data. There are two peaks to compare with: the vendor's,
 which no program reaches, and that of one large matrix product just before, which tells this card on this day.
+
+Last, where the time of a GPU goes: shares of one micro-batch's kernels, forward and backward. With several GPUs it is
+the one whose gradients are summed, so that those sums and the waiting for other GPUs show larger than in a whole step.
 """
 
 import re
@@ -29,7 +34,7 @@ DATASHEET = {  # dense bfloat16 FLOP/s, by words in the name that torch gives th
     "H100 PCIe": 756e12,
     "H200": 989e12,
 }
-KERNELS = {  # what a GPU's kernel is for, by words in the name its author or torch.compile gave it; the first counts
+KERNELS = {  # what a GPU's kernel is for, by words in the name its author or torch.compile gave it: the first match
     "attention": "sdpa|flash|fmha|cudnn",
     "matrix products": "nvjet|gemm|cutlass",
     "sums over GPUs": "nccl",
@@ -102,6 +107,7 @@ def kind(kernel: str) -> str:
 
 def where_time_goes(run) -> dict[str, float]:
     """Shares of a GPU's time in what run() computes there, by KERNELS, the largest first."""
+    run()  # so that gradients are there to be added to, as for all micro-batches but the first
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()

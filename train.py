@@ -48,7 +48,7 @@ ROOT = Path(__file__).resolve().parent
 # How each preset is trained unless told otherwise. The learning rates of tiny and toy come from sweeps, tabulated in
 # results/README.md; beside Muon, AdamW trains embedding and head at twice --lr. The runs on Shakespeare end before the
 # model overfits. `micro` is what fits an 80 GB card with either optimizer: at 1.4b, 8 take 47 GiB with OSP and 53 with
-# Adam; 16 are 2 to 3 % faster and take 74 with OSP.
+# Adam; 16 are about 3 % faster and take 74 with OSP.
 TRAINING = {
     "tiny": dict(seq_len=128, batch_size=16, steps=800, eval_windows=256, adam_lr=3e-3, muon_lr=6e-3),
     "toy": dict(seq_len=256, batch_size=64, steps=1000, eval_windows=512, adam_lr=5e-4, muon_lr=4e-3),

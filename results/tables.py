@@ -21,6 +21,7 @@ import math
 import re
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -28,6 +29,7 @@ sys.path.insert(0, str(HERE.parent))  # so that it runs from any directory
 
 import cli  # noqa: E402 (it and the rest need the line above)
 from ablation import ablation_table, mean_and_spread  # noqa: E402
+from bench import kind  # noqa: E402
 from results.ffn_hidden.trace import VARIANTS  # noqa: E402
 
 METHODS = ("rtn", "had", "gptq", "quarot", "spinquant")
@@ -281,14 +283,15 @@ def speed() -> str:
 
 
 def where_time_goes() -> str:
-    """Of the four cards that ran bench.py alone in speed/two_gpus.jsonl: means."""
-    ones = [r for r in records("speed/two_gpus.jsonl") if "forward_backward_shares" in r and r["bench"] == "one"]
-    shares = {"optimizer": statistics.mean(r["optimizer_ms"] / r["step_ms"] for r in ones)}
-    for what in ones[0]["forward_backward_shares"]:
-        shares[what] = statistics.mean(r["forward_backward_shares"][what] * r["forward_backward_ms"] / r["step_ms"]
-                                       for r in ones)
-    rows = sorted(shares.items(), key=lambda item: (item[0] == "other", -item[1]))
-    return markdown(["where the time goes", "share of a step"], [[what, f"{share:.1%}"] for what, share in rows])
+    """The kernels of a micro-batch of 16 in speed/variants.jsonl, and the optimizer as bench.py timed it with 16."""
+    step = next(r for r in records("speed/1.4b.jsonl") if r.get("bench") == "a_micro16")
+    optimizer, ms = step["optimizer_ms"] / step["step_ms"], Counter()
+    for r in records("speed/variants.jsonl"):
+        if "kernel" in r:
+            ms[kind(r["kernel"])] += r["ms"]
+    shares = Counter({what: time / ms.total() * (1 - optimizer) for what, time in ms.items()}, optimizer=optimizer)
+    rows = [[what, f"{share:.1%}"] for what, share in shares.most_common()]
+    return markdown(["where the time goes", "share of a step"], rows)
 
 
 def two_gpus() -> str:
