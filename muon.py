@@ -105,7 +105,8 @@ def gathered(rows, k: int):
     mine = rows.new_zeros(-(-k // world), *rows.shape[1:])
     mine[: len(rows)] = rows
     everyones = rows.new_empty(world * len(mine), *rows.shape[1:])
-    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(everyones, mine)  # renamed in torch 2.13
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+    gather(everyones, mine)
     return everyones[:k]
 
 
@@ -132,6 +133,7 @@ class Muon(torch.optim.Optimizer):
         if not isinstance(group, dict) or "role" not in group:
             example = "{'role': 'matrix', 'params': [(name, tensor), ...]}"
             raise ValueError(f"Muon wants groups with a role, {example}: see parameter_groups()")
+        group = dict(group, params=list(group["params"]))
         for name, p in group["params"]:
             if group["role"] in ("embedding", "head") and not self.allow_tables:
                 raise ValueError(
@@ -145,8 +147,9 @@ class Muon(torch.optim.Optimizer):
         """(group, stack, this rank's share of it) for every stack."""
         rank, world = rank_and_world()
         for group in self.param_groups:
-            # one process leaves alone what has no gradient; of several, DDP makes sure that there is none such
-            for params in stacks([p for p in group["params"] if world > 1 or p.grad is not None], world):
+            # one process leaves alone what has no gradient; of several, DDP makes sure that all that train have one
+            there = [p for p in group["params"] if (p.requires_grad if world > 1 else p.grad is not None)]
+            for params in stacks(there, world):
                 share = -(-len(params) // world)
                 yield group, params, params[rank * share : (rank + 1) * share]
 
@@ -187,12 +190,13 @@ class Muon(torch.optim.Optimizer):
         return whole
 
     def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)
         _, world = rank_and_world()
-        if world > 1:
+        if world > 1:  # leave out the others' shares, before they get to a GPU that has no room for all
             mine = {p for _, _, share in self._stacks() for p in share}
-            for p in self.state.keys() - mine:
-                del self.state[p]
+            params = [p for group in self.param_groups for p in group["params"]]
+            kept = {i for i, p in enumerate(params) if p in mine}
+            state_dict = dict(state_dict, state={i: s for i, s in state_dict["state"].items() if i in kept})
+        super().load_state_dict(state_dict)
 
 
 # Who is optimized by what. The module's type and name decide: an embedding has the shape of any matrix.
