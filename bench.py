@@ -10,8 +10,8 @@ FLOP a token for every weight of a matrix (2 forwards, 4 backwards), and the cau
 optimizer computes counts as loss, and so does all moving of data. There are two peaks to compare with: the vendor's,
 which no program reaches, and that of one large matrix product just before, which tells this card on this day.
 
-Last, where the time of a GPU goes: shares of one micro-batch's kernels, forward and backward. With several GPUs it is
-the one whose gradients are summed, so that those sums and the waiting for other GPUs show larger than in a whole step.
+Last, where the time of a GPU goes, in forward and backward of one more step: shares of its kernels' time, told apart by
+the names that torch.compile gives them. Of several GPUs, sums go on beside the rest, and waiting counts as summing.
 """
 
 import re
@@ -36,7 +36,7 @@ DATASHEET = {  # dense bfloat16 FLOP/s, by words in the name that torch gives th
 }
 KERNELS = {  # what a GPU's kernel is for, by words in the name its author or torch.compile gave it: the first match
     "attention": "sdpa|flash|fmha|cudnn",
-    "matrix products": "nvjet|gemm|cutlass",
+    "matrix products": "nvjet|gemm|gemv|splitk|cutlass",
     "sums over GPUs": "nccl",
     "loss": "softmax",
     "SwiGLU": "silu",
@@ -106,15 +106,14 @@ def kind(kernel: str) -> str:
 
 
 def where_time_goes(run) -> dict[str, float]:
-    """Shares of a GPU's time in what run() computes there, by KERNELS, the largest first."""
-    run()  # so that gradients are there to be added to, as for all micro-batches but the first
+    """Shares of a GPU's time in what run() computes there, by KERNELS, the largest first; none if it tells no times."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()
     us = Counter()
     for event in profiler.key_averages():
         us[kind(event.key)] += event.device_time_total
-    return {what: time / us.total() for what, time in us.most_common()}
+    return {what: time / us.total() for what, time in us.most_common() if time}
 
 
 def bench(opt, ranks) -> dict:
@@ -153,9 +152,8 @@ def bench(opt, ranks) -> dict:
     flops = flops_per_token(model, opt.seq_len) * tokens / ranks.world / ms * 1e3  # FLOP/s of each GPU
     peak_memory = peak_memory_gib(ranks.device)
     if on_gpu:
-        micro = micro_batch(opt, ranks.world)
         result["forward_backward_shares"] = where_time_goes(lambda: accumulate_gradients(
-            forward, batch[:micro], micro, precision(opt.device, opt.dtype), ranks.world))
+            forward, batch, micro_batch(opt, ranks.world), precision(opt.device, opt.dtype), ranks.world))
     return dict(result, tokens_per_step=tokens, step_ms=ms, forward_backward_ms=ms - optimizer_ms,
                 optimizer_ms=optimizer_ms, tokens_per_s=tokens / ms * 1e3, model_tflops=flops / 1e12,
                 peak_memory_gib=peak_memory, **{name: flops / peak for name, peak in peaks.items()})
@@ -173,7 +171,7 @@ model arithmetic   {r["model_tflops"]:.1f} TFLOP/s for each process"""
         lines += f"\nMFU                {r['mfu_matmul']:.1%} of the {r['matmul_tflops']:.0f} TFLOP/s of a product"
     if "mfu_datasheet" in r:
         lines += f"\n                   {r['mfu_datasheet']:.1%} of the datasheet's for {r['gpu']}"
-    if "forward_backward_shares" in r:
+    if r.get("forward_backward_shares"):
         shares = [f"{what} {share:.1%}" for what, share in r["forward_backward_shares"].items()]
         lines += "\nforward, backward  " + "\n                   ".join(shares)
     return lines

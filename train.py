@@ -168,7 +168,7 @@ def fill_in(opt):
     opt.preset = opt.preset or default_preset(opt.device)
     preset = TRAINING[opt.preset]
     if opt.bench:
-        opt.data, opt.steps = opt.data or "random", opt.steps or 10
+        opt.data, opt.steps = opt.data or "random", 10 if opt.steps is None else opt.steps
     opt.optimizer, opt.norm, opt.embproj = opt.optimizer or "adam", opt.norm or "rms", bool(opt.embproj)
     on_cuda = opt.device == "cuda"
     defaults = dict(preset, lr=preset["adam_lr" if opt.optimizer == "adam" else "muon_lr"], weight_decay=0.01,
@@ -403,13 +403,16 @@ class StopSignal:
 
 def build(opt, vocab_size: int, ranks):
     """(model, its optimizers, what to call instead of the model while training)."""
+    if opt.compile:  # of a run before this one in the same process there is nothing to reuse, nor its model to keep
+        torch.compiler.reset()
+        gc.unfreeze()
+        gc.collect()
     torch.manual_seed(opt.seed)
     with torch.device(ranks.device if opt.device == "cuda" else "cpu"):  # a CPU takes 17 s to draw 1.4e9 random numbers
         model = Transformer(model_config(opt, vocab_size)).to(ranks.device)
     model.recompute = bool(opt.recompute)
     optimizers = make_optimizers(model, opt.optimizer, opt.lr, opt.embed_lr, opt.weight_decay)
     if opt.compile:
-        torch.compiler.reset()  # of a run before this one in the same process, there is nothing to reuse
         for block in model.blocks:  # all blocks share one compiled program: the start takes seconds, whatever n_layer
             block.compile()
         model.output = torch.compile(model.output)
@@ -452,8 +455,8 @@ def optimizer_step(step, opt, batch, model, forward, autocast, optimizers, ranks
 
 
 def keep_what_compiling_left():
-    """Call this after the first step. Python's search for unused objects would go through all that the compiler keeps,
-    a third of a second every dozen steps or so: on one rank, then on another, and all wait. Now it leaves that out."""
+    """Call this after the first step. Python's search for unused objects goes through all that torch and its compiler
+    keep: a third of a second, now on one rank, now on another, and all wait. From now on it leaves that out."""
     gc.collect()
     gc.freeze()
 
@@ -518,7 +521,6 @@ def train(opt, state, ranks, say) -> dict:
             say(f"stopped after step {step}; all is saved, go on with {resume_command(run.path, ranks.world)}")
             sys.exit(128 + (stop.received or signal.SIGTERM))
     stop.no_longer()
-    gc.unfreeze()  # or this run's model would outlive it, and an ablation has many
     timed = times[1:] or times  # the first step compiles
     four = {method: evaluated(quantize(model, "4-4-4", method), *how) for method in ("rtn", "had")}
     result["quantized"] = {"4-4-4": four}

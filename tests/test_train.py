@@ -206,18 +206,24 @@ def test_the_log_has_the_promised_keys(small_run, tmp_path, capsys):
     assert summary["val_loss"] == evaluations[4]["val_loss"] and summary["step"] == 4
 
 
-def test_the_collector_leaves_out_what_compiling_left_and_no_model_outlives_its_run(small_run, tmp_path, monkeypatch):
+def test_the_collector_leaves_out_what_compiling_left_but_keeps_no_earlier_model(small_run, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: function)  # not every machine that tests can compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: setattr(module, "itself", module.forward))  # a cycle
-    counts, models, step, build = [], [], train.optimizer_step, train.build
-    monkeypatch.setattr(train, "optimizer_step", lambda *args: counts.append(gc.get_freeze_count()) or step(*args))
-    monkeypatch.setattr(train, "build", lambda *args: models.append(build(*args)) or models[-1])
-    train.main([*small_run, "--compile", "--steps", "3", "--out", str(tmp_path / "r")])
-    assert counts[1] == counts[2] > counts[0] and gc.get_freeze_count() == 0
-    block = weakref.ref(models[0][0].blocks[0])
-    models.clear()
-    gc.collect()
-    assert block() is None
+    counts, blocks, alive = [], [], []
+
+    def step(step, opt, batch, model, *rest, original=train.optimizer_step):
+        if step == 1:
+            blocks.append(weakref.ref(model.blocks[0]))
+        counts.append(gc.get_freeze_count())
+        alive.append([block() is not None for block in blocks])
+        return original(step, opt, batch, model, *rest)
+
+    monkeypatch.setattr(train, "optimizer_step", step)
+    for name in "ab":
+        train.main([*small_run, "--compile", "--steps", "2", "--out", str(tmp_path / name)])
+    gc.unfreeze()
+    assert counts[0] == counts[2] == 0 < min(counts[1], counts[3])
+    assert alive == [[True], [True], [False, True], [False, True]]
 
 
 def test_the_schedule_is_a_trapezoid():
