@@ -17,7 +17,6 @@ what this file makes.
 """
 
 import json
-import math
 import re
 import statistics
 import sys
@@ -56,9 +55,11 @@ def records(path: str) -> list[dict]:
     found = []
     for number, line in enumerate((HERE / path).read_text(encoding="utf-8").splitlines(), 1):
         try:
-            found.append(json.loads(line))
-        except ValueError as error:
+            found.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
+    if not found:
+        raise ValueError(f"{path} is empty")
     return found
 
 
@@ -296,20 +297,18 @@ def where_time_goes() -> str:
 
 def two_gpus() -> str:
     """A row a host: tokens/s of its GPUs alone, as far as measured, of both together, and the ratio to their mean."""
-    first = {r.get("bench"): r for r in records("speed/1.4b.jsonl")}
-    hosts = {1: ([first["a_micro8"]], first["b_two"])}
-    for r in records("speed/two_gpus.jsonl"):
-        if r.get("bench") == "one":
-            hosts.setdefault(r["host"], ([], None))[0].append(r)
-        elif r.get("bench") == "two":
-            hosts[r["host"]] = hosts[r["host"]][0], r
+    alone, together = {}, {}
+    for r in records("speed/1.4b.jsonl") + records("speed/two_gpus.jsonl"):
+        if r.get("bench") in ("one", "a_micro8"):
+            alone.setdefault(r.get("host", 1), []).append(r["tokens_per_s"])
+        elif r.get("bench") in ("two", "b_two"):
+            together[r.get("host", 1)] = r["tokens_per_s"]
     rows = []
-    for host, (ones, two) in hosts.items():
-        speeds = [r["tokens_per_s"] for r in ones]
-        both = two["tokens_per_s"] if two else math.nan
-        ratio = both / statistics.mean(speeds)
-        cells = f"{host}", " and ".join(f"{speed:,.0f}" for speed in speeds), f"{both:,.0f}", f"{ratio:.2f}"
-        rows.append([cell.replace("nan", "-") for cell in cells])
+    for host, ones in alone.items():
+        both = ["-", "-"]
+        if host in together:
+            both = [f"{together[host]:,.0f}", f"{together[host] / statistics.mean(ones):.2f}"]
+        rows.append([f"{host}", " and ".join(f"{speed:,.0f}" for speed in ones), *both])
     return markdown(["host", "tokens/s of one GPU", "of two", "ratio"], rows)
 
 
