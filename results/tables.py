@@ -237,7 +237,7 @@ def trace_runs() -> dict[str, list[list[dict]]]:
     runs = {}
     for path in sorted(HERE.glob("ffn_hidden/*.jsonl")):
         run = records(f"ffn_hidden/{path.name}")
-        if not run or "val_loss" not in run[-1]:
+        if "val_loss" not in run[-1]:
             raise ValueError(f"{path.name} is not a finished trace")
         runs.setdefault(run[0]["variant"], []).append(run)
     return {variant: runs[variant] for variant in VARIANTS if variant in runs}
