@@ -33,9 +33,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from benchmarks import describe_tasks, read_tasks, score_tasks, tasks_table
-from cli import Parser, peak_memory_gib, pick_device, precision, run
-from data.tokens import TOKENIZER_JSON, Dataset, encode, find_dataset, spread, tokenizer_of
+from tools.tasks import describe_tasks, read_tasks, score_tasks, tasks_table
+from nanoosp.options import Parser, peak_memory_gib, pick_device, precision, run
+from data.dataset import TOKENIZER_JSON, Dataset, encode, find_dataset, spread, tokenizer_of
 from model import Transformer
 from quantize import (
     METHODS,
@@ -704,7 +704,7 @@ def main(argv=None):
     try:
         plot = None
         if args.plot:
-            import plot  # fails before the work, not after it
+            from tools import plot  # fails before the work, not after it
             args.plot.mkdir(parents=True, exist_ok=True)
         text = read_text(args.text) if args.text else None
         for path in args.targets:

@@ -30,9 +30,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from cli import Parser, first, peak_memory_gib, pick_device, precision, write_whole
+from nanoosp.options import Parser, first, peak_memory_gib, pick_device, precision, write_whole
 from data.prepare import prepare
-from data.tokens import Dataset, find_dataset, read_meta
+from data.dataset import Dataset, find_dataset, read_meta
 from eval import evaluate
 from model import PRESETS, Config, Transformer, load_checkpoint, save_checkpoint
 from muon import make_optimizers, optimizer_table
@@ -584,7 +584,7 @@ def main(argv=None):
                 tqdm.write(text, file=sys.stderr if opt.json else sys.stdout)
 
         if opt.ablation:
-            from ablation import ablation  # not at the top: it builds on this file
+            from tools.ablation import ablation  # not at the top: it builds on this file
 
             return ablation(opt, parser.error, say)
         state = complete(opt, parser.error)
@@ -596,7 +596,7 @@ def main(argv=None):
             f"embproj {'on' if opt.embproj else 'off'}, {opt.steps} steps (--preset, --steps, ... change that)")
         ranks = Ranks.start(opt.device)
         if opt.bench:
-            import bench  # not at the top: it builds on this file
+            from tools import bench  # not at the top: it builds on this file
 
             summary, show = bench.bench(opt, ranks), bench.report
         else:

@@ -35,10 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it ru
 import numpy as np
 from tqdm import tqdm
 
-from cli import Parser, run, write_whole
+from nanoosp.options import Parser, run, write_whole
 from data.prepare import SHARD_TOKENS
 from data.sources import Source, open_sources, worker_pool
-from data.tokens import (
+from data.dataset import (
     HEADER,
     TOKENIZER_JSON,
     open_shard,

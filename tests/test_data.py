@@ -4,7 +4,7 @@ import tiktoken
 import torch
 
 from data.prepare import plain_text, prepare, split_text
-from data.tokens import HEADER, MAGIC, Dataset, encode, open_shard, permute, separator, tokenizer, write_shard
+from data.dataset import HEADER, MAGIC, Dataset, encode, open_shard, permute, separator, tokenizer, write_shard
 from eval import TextBlocks
 from quantize import calibration_windows
 

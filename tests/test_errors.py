@@ -16,7 +16,7 @@ from conftest import read_log
 
 import train
 from data.prepare import prepare
-from data.tokens import Dataset, write_shard
+from data.dataset import Dataset, write_shard
 from model import load_checkpoint
 
 TRAIN = Path(train.__file__)

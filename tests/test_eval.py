@@ -12,7 +12,7 @@ from launch import finish, start
 
 import eval as evaluation
 import train
-from data.tokens import Dataset, tokenizer
+from data.dataset import Dataset, tokenizer
 from eval import (
     SinkWatch,
     TextBlocks,

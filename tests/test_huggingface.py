@@ -13,14 +13,14 @@ import tiktoken
 import torch
 
 import eval as evaluation
-import huggingface
+from tools import huggingface
 import quantize as Q
 import train
 from data.bpe import LETTER_OF, encoding_from_json, json_from_encoding, merges_of
 from data.prepare import prepare
-from data.tokens import Dataset, read_meta, separator, tokenizer, tokenizer_of
+from data.dataset import Dataset, read_meta, separator, tokenizer, tokenizer_of
 from eval import generate
-from huggingface import load_llama, save_llama
+from tools.huggingface import load_llama, save_llama
 from model import load_checkpoint
 
 transformers = pytest.importorskip("transformers")

@@ -11,7 +11,7 @@ from conftest import train_osp
 
 import eval as evaluation
 import quantize as Q
-from data.tokens import Dataset, tokenizer
+from data.dataset import Dataset, tokenizer
 from model import Config, Transformer, load_checkpoint, model_from_checkpoint
 from quantize import (
     Bits,

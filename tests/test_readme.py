@@ -39,5 +39,5 @@ def test_every_option_and_file_the_readme_names_exists():
 
 
 def test_figures_are_small():
-    for path in (ROOT / "assets").glob("*.png"):
+    for path in (ROOT / "results/figures").glob("*.png"):
         assert path.stat().st_size < 200_000, path

@@ -5,8 +5,8 @@ import torch
 from conftest import read_log
 
 import train
-from cli import precision
-from data.tokens import Dataset
+from nanoosp.options import precision
+from data.dataset import Dataset
 from model import Config, Transformer
 from results.ffn_hidden import trace
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from cli import first, pick_device, precision, write_whole
+from nanoosp.options import first, pick_device, precision, write_whole
 from eval import load_target, measure_quantized, measure_target, strongest_state
 from train import ROOT, Ranks, complete, default_preset, parts_name, train
 
@@ -57,7 +57,7 @@ def ablation(opt, error, say):
         write_whole(base / "table.md", table + "\n")
         print(json.dumps(rows) if opt.json else f"\n{table}\n\n{base / 'table.md'}")
         try:
-            import plot  # only now: it needs matplotlib, which is optional
+            from tools import plot  # only now: it needs matplotlib, which is optional
         except ImportError as missing:
             return say(f"no figures: {missing}")
         for path in plot.draw_runs(rows, base / "figures", row.device, precision(row.device, row.dtype)):

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.tokens import encode, separator
+from data.dataset import encode, separator
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Task files
