@@ -34,7 +34,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from tools.tasks import describe_tasks, read_tasks, score_tasks, tasks_table
-from nanoosp.options import Parser, peak_memory_gib, pick_device, precision, run
+from nanoosp.cli import Parser, peak_memory_gib, pick_device, precision, run
 from data.dataset import TOKENIZER_JSON, Dataset, encode, find_dataset, spread, tokenizer_of
 from model import Transformer
 from quantize import (

@@ -43,7 +43,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from nanoosp.options import Parser, peak_memory_gib, pick_device, run
+from nanoosp.cli import Parser, peak_memory_gib, pick_device, run
 from data.dataset import Dataset, encode, find_dataset, spread, tokenizer_of
 from tools.huggingface import is_llama, last_evaluation, load_llama, save_llama
 from model import (

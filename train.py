@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from nanoosp.options import Parser, first, peak_memory_gib, pick_device, precision, write_whole
+from nanoosp.cli import Parser, first, peak_memory_gib, pick_device, precision, write_whole
 from data.prepare import prepare
 from data.dataset import Dataset, find_dataset, read_meta
 from eval import evaluate

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it ru
 
 from tqdm import tqdm
 
-from nanoosp.options import Parser, extra, run, write_whole
+from nanoosp.cli import Parser, extra, run, write_whole
 from data.sources import download
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it ru
 import numpy as np
 from tqdm import tqdm
 
-from nanoosp.options import Parser, run, write_whole
+from nanoosp.cli import Parser, run, write_whole
 from data.prepare import SHARD_TOKENS
 from data.sources import Source, open_sources, worker_pool
 from data.dataset import (

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from nanoosp.options import write_whole
+from nanoosp.cli import write_whole
 from data.bpe import encoding_from_json
 
 MAGIC, VERSION, HEADER = 20240520, 1, 256  # llm.c's; HEADER counts int32

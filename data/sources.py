@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanoosp.options import extra
+from nanoosp.cli import extra
 from data.dataset import encode, separator, tokenizer
 
 KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".txt", ".md", ".py")

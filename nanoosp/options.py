@@ -1,137 +1,141 @@
-"""What the scripts here share: command line, small files, optional packages, the machine. Nothing in it is about OSP.
+"""The command line. A script's options are the fields of a dataclass, each with its help beside it:
 
-torch is imported where it is used: data/*.py need none of it, and it takes seconds to start.
+    @dataclass
+    class Options:
+        steps: int = option(None, "optimizer steps in all")
+
+    @command
+    def main(argv=None):
+        opt = parse(Options, __doc__, argv)
+
+A user's mistake ends with one line: exit code 2 for options (fail), 1 for files and failed runs (command). Nothing here
+imports torch, which takes seconds: the scripts of data/ do without it.
 """
 
 import argparse
+import dataclasses
 import difflib
-import importlib
-import json
+import functools
 import math
 import os
 import re
 import sys
-from contextlib import nullcontext
-from pathlib import Path
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
-
-NOTES = r"\n\n(?:Glossary|Words used here|Deviations|Read it top to bottom)"  # from here on for who reads the code
+NOTES = r"\n\n(?:Glossary|Words used here|Deviations|Read it top to bottom)"  # a docstring's part for readers of the code
 
 
-def first() -> bool:
+def is_first() -> bool:
     """Of torchrun's processes, is this the one that talks?"""
     return os.environ.get("RANK", "0") == "0"
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that takes --batch_size for --batch-size, names the nearest option for a misspelt one, and is brief.
+def fail(message: str):
+    """End the program: one line, exit code 2."""
+    if is_first():
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
-    Its --help begins with the script's docstring, up to the notes for who reads the code.
+
+def option(default, help: str, *, group=None, choices=None, low=None, high=2**31, many=False, positional=False,
+           metavar=None, **facts):
+    """A field of an options dataclass. Its annotation is the type: int, float, str, Path or bool.
+
+    Args:
+        default: None means "not given", for the script to fill in.
+        group: heading that begins here in --help, for this option and those after it.
+        low, high: a number must be at least low (without it, above 0) and below high.
+        many: takes a list of values. positional: given without its name.
+        facts: whatever else the script wants to know of its options, kept in the field's metadata.
     """
+    given = dict(help=help, group=group, choices=choices, low=low, high=high, many=many, positional=positional,
+                 metavar=metavar, **facts)
+    return dataclasses.field(default=default, metadata=given)
 
-    def __init__(self, docstring: str):
-        layout = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=re.split(NOTES, docstring)[0], formatter_class=layout, allow_abbrev=False)
 
-    def parse(self, argv=None):
-        """The options in `argv`, or else in sys.argv."""
-        argv = sys.argv[1:] if argv is None else argv
-
-        def dashes(word):
-            name, *value = word.split("=", 1)
-            return "=".join([name.replace("_", "-"), *value]) if word.startswith("--") else word
-
-        args, unknown = self.parse_known_args([dashes(word) for word in argv])
-        if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
-            what = "unknown option" if unknown[0].startswith("-") else "unexpected word"
-            self.error(f"{what} {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
-        return args
+class Parser(argparse.ArgumentParser):
+    """argparse that takes --batch_size for --batch-size, names the nearest option for a misspelt one, and is brief."""
 
     def error(self, message):
-        if first():
-            print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        fail(message)
 
 
-def run(main):
-    """Call a script's main(), and end without a traceback where a person ends it: by Ctrl-C, or a pipe into `head`."""
-    try:
-        main()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its exit
-        sys.exit(1)
+def flag(name: str) -> str:
+    """As typed: batch_size -> --batch-size."""
+    return "--" + name.replace("_", "-")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Small files
+def build_parser(options: type, docstring: str) -> Parser:
+    """argparse's parser for an options dataclass. --help begins with the docstring, up to its notes on the code."""
+    parser = Parser(description=re.split(NOTES, docstring)[0], allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    for field in dataclasses.fields(options):
+        facts, kwargs = field.metadata, dict(default=field.default, help=field.metadata["help"])
+        if facts["group"]:
+            add = parser.add_argument_group(facts["group"]).add_argument
+        if field.type is bool:  # --name, and --no-name where "not given" is a third answer
+            kwargs["action"] = "store_true" if field.default is False else argparse.BooleanOptionalAction
+        else:
+            kwargs |= dict(type=field.type, choices=facts["choices"], metavar=facts["metavar"])
+            kwargs |= dict(nargs="+") if facts["many"] else {}
+        if facts["positional"]:
+            del kwargs["default"]  # argparse then insists on it
+        add(field.name if facts["positional"] else flag(field.name), **kwargs)
+    return parser
 
 
-def write_whole(path: Path, text: str):
-    """Write a file under a temporary name, then rename it: a kill leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def parse(options: type, docstring: str, argv=None):
+    """An instance of the dataclass `options`, from `argv` or else from sys.argv. Ends the program for a mistake."""
+    parser, argv = build_parser(options, docstring), sys.argv[1:] if argv is None else argv
+
+    def dashes(word):
+        name, *value = word.split("=", 1)
+        return "=".join([name.replace("_", "-"), *value]) if word.startswith("--") else word
+
+    args, unknown = parser.parse_known_args([dashes(word) for word in argv])
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1)
+        problem = "unknown option" if unknown[0].startswith("-") else "unexpected word"
+        fail(f"{problem} {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+    opt = options(**vars(args))
+    check_ranges(opt)
+    return opt
 
 
-def read_log(path: Path) -> list[dict]:
-    """The records of a run's log.jsonl, but for lines torn by a crash; none if there is no such file."""
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+def check_ranges(opt):
+    """End the program at the first number that is out of its range."""
+    for field in dataclasses.fields(opt):
+        value, low = getattr(opt, field.name), field.metadata["low"]
+        if type(value) not in (int, float):
+            continue
+        enough = value > 0 if low is None else value >= low  # false for nan
+        if not enough or value >= (field.metadata["high"] if type(value) is int else math.inf):
+            bound = "must be above 0" if low is None else f"must be at least {low}"
+            fail(f"{flag(field.name)} {value} is out of range: it {bound}, and not huge")
+
+
+def command(main):
+    """Decorates a script's main(argv): what a user can cause ends in one line, without a traceback."""
+
+    @functools.wraps(main)
+    def run(argv=None):
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            pass
-    return [record for record in records if isinstance(record, dict)]
+            main(argv)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            sys.exit("interrupted")
+        except BrokenPipeError:  # a pipe into `head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at its exit
+            sys.exit(1)
+        except (ValueError, OSError, ArithmeticError, ImportError) as error:
+            sys.exit(f"error: {error}" if is_first() else f"error on rank {os.environ['RANK']}: {error}")
+        except (RuntimeError, MemoryError) as error:
+            first_line = (str(error).splitlines() or [""])[0]
+            if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or re.search("allocate|overflow", first_line):
+                sys.exit(f"error: not enough memory ({first_line}); use a smaller --micro-batch-size (eval.py: "
+                         "--batch-size), model or --seq-len")
+            if "RANK" in os.environ and re.search("(?i)gloo|nccl|connection", first_line):
+                sys.exit("error: another rank stopped" if is_first() else 1)
+            raise
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Optional packages, and the machine
-
-
-def extra(module: str, what: str):
-    """A module of requirements-extra.txt. Raises ImportError, which says that `what` needs it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise ImportError(f"{what} needs {package}: pip install -r requirements-extra.txt") from error
-
-
-def pick_device(asked: str | None, error) -> str:
-    """The device asked for, or the best there is. One that is not there goes to error(message)."""
-    import torch
-
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if asked and not there[asked]:
-        error(f"--device {asked}: torch sees no {asked.upper()} device here; use --device cpu")
-    return asked or next(device for device in there if there[device])
-
-
-def precision(device: str, dtype: str):
-    """The context of every forward pass: matrix products in bfloat16, or nothing."""
-    import torch
-
-    return torch.autocast(device, dtype=torch.bfloat16) if dtype == "bfloat16" else nullcontext()
-
-
-def peak_memory_gib(device: str) -> float:
-    """The most memory held so far, of the GPU or of this process, in GiB; nan where that cannot be known."""
-    if device.startswith("cuda"):
-        import torch
-
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return math.nan
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+    return run

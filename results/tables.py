@@ -26,7 +26,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # so that it runs from any directory
 
-from nanoosp import options as cli  # noqa: E402 (it and the rest need the line above)
+from nanoosp import cli  # noqa: E402 (it and the rest need the line above)
 from tools.ablation import ablation_table, mean_and_spread  # noqa: E402
 from tools.bench import kind  # noqa: E402
 from results.ffn_hidden.trace import VARIANTS  # noqa: E402

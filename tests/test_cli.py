@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoosp import options as cli
+from nanoosp import cli
 import eval as evaluation
 import quantize
 import train

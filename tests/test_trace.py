@@ -5,7 +5,7 @@ import torch
 from conftest import read_log
 
 import train
-from nanoosp.options import precision
+from nanoosp.cli import precision
 from data.dataset import Dataset
 from model import Config, Transformer
 from results.ffn_hidden import trace

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nanoosp.options import first, pick_device, precision, write_whole
+from nanoosp.cli import first, pick_device, precision, write_whole
 from eval import load_target, measure_quantized, measure_target, strongest_state
 from train import ROOT, Ranks, complete, default_preset, parts_name, train
 

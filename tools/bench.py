@@ -23,7 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from nanoosp.options import peak_memory_gib, precision
+from nanoosp.cli import peak_memory_gib, precision
 from model import PRESETS
 from train import accumulate_gradients, build, keep_what_compiling_left, micro_batch, open_datasets, optimizer_step
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from nanoosp.options import extra, read_log, write_whole
+from nanoosp.cli import extra, read_log, write_whole
 from data.bpe import encoding_from_json, json_from_encoding
 from data.dataset import TOKENIZER_JSON, read_tokenizer_json, separator, tokenizer_of
 from model import Config, Transformer

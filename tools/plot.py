@@ -21,7 +21,7 @@ matplotlib.use("Agg")  # files, no window
 import matplotlib.pyplot as plt
 from matplotlib.colors import LogNorm
 
-from nanoosp.options import read_log
+from nanoosp.cli import read_log
 from eval import SWEEP, SinkWatch, Target, attention_sinks, load_target, sites, strongest_sink
 
 # One colour, line and marker per configuration, the same in every figure; told apart in grey by line and marker.

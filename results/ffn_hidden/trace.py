@@ -29,7 +29,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs from any directory
 
 import train  # noqa: E402 (it and the rest need the line above)
-from nanoosp.options import precision, run  # noqa: E402
+from nanoosp.cli import precision, run  # noqa: E402
 from eval import Watch, excess_kurtosis, mean_loss, sites  # noqa: E402
 from quantize import hadamard_transform, quantize, round_tokens  # noqa: E402
 
