@@ -1,19 +1,18 @@
-"""The README's tables and its drawn figures, made again from the logs in this folder: python results/tables.py
+"""All tables of the pages, and most figures, made again from the logs in this folder: python results/tables.py
 
     ablation_full/   all 12 combinations on Shakespeare, three seeds each (runs.jsonl: command, measurement; logs.jsonl)
     knob/            the optimizers and OSP on Shakespeare against learning rate and training length, one to three seeds
     adam_parts/      SSNorm and EmbProj for an Adam with outliers: tiny, a rate twice its best, two seeds, on a CPU
     books/           six models of books: rates tried, all methods of quantize.py, bits
     ffn_hidden/      trace.py, and what it wrote for every variant of the norms' gains
-    speed/           bench.py's and the comparisons' lines
+    speed/           what --bench and the comparisons measured, a line each
     first_minute/*.txt            what the first commands printed
     learning_rates/*.jsonl        one line a run of the sweeps: its command, hardware and final measurement
     pair_toy/                     figure 6: the logs of its two runs, and eval.py's output
     four_bits/*.json              the loss that quantization adds: the command, and what eval.py --json printed
     ablation_*/                   eval.json and (every tenth step of) log.jsonl of `python train.py --ablation`
 
-A table stands in README.md or results/README.md between <!-- table NAME --> and <!-- end -->. A test compares it with
-what this file makes.
+A table stands on one of PAGES between <!-- table NAME --> and <!-- end -->. A test compares it with what this file makes.
 """
 
 import json
@@ -26,9 +25,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # so that it runs from any directory
 
-from nanoosp import cli  # noqa: E402 (it and the rest need the line above)
+from nanoosp.files import write_text  # noqa: E402 (it and the rest need the line above)
+from nanoosp.options import command  # noqa: E402
 from tools.ablation import ablation_table, mean_and_spread  # noqa: E402
-from tools.bench import kind  # noqa: E402
 from results.ffn_hidden.trace import VARIANTS  # noqa: E402
 
 METHODS = ("rtn", "had", "gptq", "quarot", "spinquant")
@@ -38,6 +37,17 @@ KNOB = ("Adam", "Muon-only", "Muon", "OSP")
 BOOKS = {"books-adam-1e-3": "Adam, 0.001", "books-adam-2e-3": "Adam, 0.002", "books-adam-4e-3": "Adam, 0.004",
          "books-adam-8e-3": "Adam, 0.008", "books-muon": "Muon, 0.002", "books-osp": "OSP, 0.002"}  # with their rates
 ROWS = ("adam", "muon-only", "muon", "muon-ss", "muon-embproj", "muon-ss-embproj")  # the paper's, in its order
+KERNELS = {  # what a GPU's kernel is for, by words in the name its author or torch.compile gave it: the first match
+    "attention": "sdpa|flash|fmha|cudnn",
+    "matrix products": "nvjet|gemm|gemv|splitk|cutlass",
+    "sums over GPUs": "nccl",
+    "loss": "softmax",
+    "SwiGLU": "silu",
+    "norms and residual stream": r"rms_norm|view_add_\d+$",
+    "RoPE and layout of heads": "_(cat|clone)_",
+    "weight casts, sums of gradients": r"to_copy(_t)?_\d+$|CUDAFunctor_add",
+    "other": "",
+}
 TRACES_SHOWN = ("official", "init-sqrt-d", "init-inverse", "adamw", "frozen", "adam")
 
 
@@ -173,6 +183,15 @@ def ablation_full() -> str:
     return markdown(head, rows)
 
 
+def ablation_six() -> str:
+    """The paper's six rows, for the front page."""
+    runs = records("ablation_full/runs.jsonl")
+    rows = [[label, spread(group, of_eval("val_loss"), 4), spread(group, of_eval("kurtosis"), 2), *both_added(group)]
+            for (label,), group in grouped([r for r in runs if r["name"].rsplit("-s", 1)[0] in ROWS], "label").items()]
+    return markdown(["", "validation loss", kurtosis_heads(runs)[0], "loss added by 4 bits", "with a Hadamard rotation"],
+                    rows)
+
+
 def by_site(named: list[tuple[str, list[dict]]]) -> str:
     """`named`: label and runs of each row. Mean kurtosis over the blocks, for every site of eval.py."""
     names = list(named[0][1][0]["eval"]["sites"])
@@ -283,6 +302,10 @@ def speed() -> str:
     return markdown(["", "micro-batch", "tokens/s", "of the product's speed", "optimizer", "peak memory"], rows)
 
 
+def kind(kernel: str) -> str:
+    return next(what for what, words in KERNELS.items() if re.search(words, kernel, re.IGNORECASE))
+
+
 def where_time_goes() -> str:
     """The kernels of a micro-batch of 16 in speed/variants.jsonl, and the optimizer as bench.py timed it with 16."""
     step = next(r for r in records("speed/1.4b.jsonl") if r.get("bench") == "a_micro16")
@@ -378,6 +401,7 @@ TABLES = {
     "books_bits": books_bits,
     "books_rates": books_rates,
     "first_minute": first_minute,
+    "ablation_six": ablation_six,
     "ablation_full": ablation_full,
     "ablation_full_bits": ablation_full_bits,
     "ablation_full_sites": ablation_full_sites,
@@ -395,7 +419,7 @@ TABLES = {
     "knob_steps": lambda: knob("steps"),
     "rates_tiny": rates_tiny,
 }
-PAGES = (HERE.parent / "README.md", HERE / "README.md")
+PAGES = (HERE.parent / "README.md", HERE / "README.md", *sorted((HERE.parent / "docs").glob("*.md")))
 
 
 def filled(page: str) -> str:
@@ -413,6 +437,8 @@ def figures():
                     "Muon, 0.002": plot.STYLES["Muon"], "OSP, 0.002": plot.STYLES["OSP"]}
     logged = logs("books")
     series = [(label, logged[name]) for name, label in BOOKS.items()]
+    front = [(BOOKS[name], logged[name]) for name in ("books-adam-4e-3", "books-adam-2e-3", "books-adam-1e-3", "books-osp")]
+    yield plot.save(plot.draw_front(front, FLOOR), assets / "front.png")
     yield plot.save(plot.draw_curves(series, FLOOR, 4.4), assets / "books_curves.png")
 
     def points(what):
@@ -438,18 +464,14 @@ def figures():
     yield plot.save(plot.draw_traces(traces, shown, log=shown), assets / "ffn_hidden.png")
 
 
-def main():
-    try:
-        for path in PAGES:
-            cli.write_whole(path, filled(path.read_text(encoding="utf-8")))
-            print(f"wrote the tables of {path.relative_to(HERE.parent)}")
-        for path in figures():
-            print(f"wrote {path.name}")
-    except BrokenPipeError:
-        raise
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+@command
+def main(argv=None):
+    for path in PAGES:
+        write_text(path, filled(path.read_text(encoding="utf-8")))
+        print(f"wrote the tables of {path.relative_to(HERE.parent)}")
+    for path in figures():
+        print(f"wrote {path.name}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    main()

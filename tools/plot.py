@@ -152,6 +152,22 @@ def draw_curves(series: list[tuple[str, list[dict]]], floor: float, highest_loss
     return figure
 
 
+def draw_front(series: list[tuple[str, list[dict]]], floor: float):
+    """Kurtosis alone, on a linear axis. `series`: (label, log of the run), the last one drawn thickest."""
+    figure, (axis,) = panels(1, 7.4, 3.0)
+    for label, log in series:
+        points = [r for r in log if "kurtosis" in r]
+        color, line, _ = style(label)
+        axis.plot([r["tokens"] / 1e6 for r in points], [r["kurtosis"] for r in points], color=color, linestyle=line,
+                  linewidth=3 if label == series[-1][0] else 1.6, label=f"{label.replace(',', ', learning rate')}")
+    axis.axhline(floor, color="black", linewidth=1, linestyle=(0, (1, 2)), label=f"Gaussian vectors ({floor:.3f})")
+    axis.set_xlabel("training tokens (millions)")
+    axis.set_ylabel("excess kurtosis of the activations")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return figure
+
+
 def draw_layers(pictures):
     figure, (axis,) = panels(1, 6.4, 3.8)
     named = set()
