@@ -1,18 +1,24 @@
-"""All tables of the pages, and most figures, made again from the logs in this folder: python results/tables.py
+"""All tables of the pages, and most figures, made again from the logs in this folder:
 
-    ablation_full/   all 12 combinations on Shakespeare, three seeds each (runs.jsonl: command, measurement; logs.jsonl)
-    knob/            the optimizers and OSP on Shakespeare against learning rate and training length, one to three seeds
-    adam_parts/      SSNorm and EmbProj for an Adam with outliers: tiny, a rate twice its best, two seeds, on a CPU
-    books/           six models of books: rates tried, all methods of quantize.py, bits
-    ffn_hidden/      trace.py, and what it wrote for every variant of the norms' gains
-    speed/           what --bench and the comparisons measured, a line each
-    first_minute/*.txt            what the first commands printed
-    learning_rates/*.jsonl        one line a run of the sweeps: its command, hardware and final measurement
-    pair_toy/                     figure 6: the logs of its two runs, and eval.py's output
-    four_bits/*.json              the loss that quantization adds: the command, and what eval.py --json printed
-    ablation_*/                   eval.json and (every tenth step of) log.jsonl of `python train.py --ablation`
+    python results/tables.py
 
-A table stands on one of PAGES between <!-- table NAME --> and <!-- end -->. A test compares it with what this file makes.
+    ablation_full/          all 12 combinations on Shakespeare, three seeds each
+                            (runs.jsonl: command and measurement; logs.jsonl: training curves)
+    knob/                   optimizers and OSP on Shakespeare against learning rate and training
+                            length, one to three seeds
+    adam_parts/             SSNorm and EmbProj for an Adam with outliers: tiny at twice its best
+                            rate, two seeds, on a CPU
+    books/                  six models of books: rates tried, all methods of quantize.py, bits
+    ffn_hidden/             trace.py, and what it wrote for every variant of the norms' gains
+    speed/                  what --bench and the comparisons measured, one line each
+    first_minute/*.txt      what the first commands printed
+    learning_rates/*.jsonl  the sweeps, one line for each run: command, hardware, measurement
+    pair_toy/               figure 6: the logs of its two runs, and the output of eval.py
+    four_bits/*.json        the loss that quantization adds: command, and output of eval.py --json
+    ablation_*/             eval.json and every tenth step of log.jsonl of train.py --ablation
+
+A table stands on one of PAGES between <!-- table NAME --> and <!-- end -->. A test compares it with
+what this file makes.
 """
 
 import json
@@ -32,12 +38,19 @@ from results.ffn_hidden.trace import VARIANTS  # noqa: E402
 
 METHODS = ("rtn", "had", "gptq", "quarot", "spinquant")
 ABLATION_BITS = ("4-4-16", "4-4-4", "3-3-3")
-FLOOR = -6 / 385  # the kurtosis of Gaussian vectors of 384 channels, as toy and the books models have
+FLOOR = -6 / 385  # the kurtosis of Gaussian vectors with 384 channels, the width of these models
 KNOB = ("Adam", "Muon-only", "Muon", "OSP")
-BOOKS = {"books-adam-1e-3": "Adam, 0.001", "books-adam-2e-3": "Adam, 0.002", "books-adam-4e-3": "Adam, 0.004",
-         "books-adam-8e-3": "Adam, 0.008", "books-muon": "Muon, 0.002", "books-osp": "OSP, 0.002"}  # with their rates
-ROWS = ("adam", "muon-only", "muon", "muon-ss", "muon-embproj", "muon-ss-embproj")  # the paper's, in its order
-KERNELS = {  # what a GPU's kernel is for, by words in the name its author or torch.compile gave it: the first match
+BOOKS = {  # with their learning rates
+    "books-adam-1e-3": "Adam, 0.001",
+    "books-adam-2e-3": "Adam, 0.002",
+    "books-adam-4e-3": "Adam, 0.004",
+    "books-adam-8e-3": "Adam, 0.008",
+    "books-muon": "Muon, 0.002",
+    "books-osp": "OSP, 0.002",
+}
+ROWS = ("adam", "muon-only", "muon", "muon-ss", "muon-embproj", "muon-ss-embproj")  # the paper's
+ADDED = ("added at 4-4-4, rtn", "had")  # heads of the two columns that both_added() fills
+KERNELS = {  # what a GPU's kernel is for, by words in its name; the first match counts
     "attention": "sdpa|flash|fmha|cudnn",
     "matrix products": "nvjet|gemm|gemv|splitk|cutlass",
     "sums over GPUs": "nccl",
@@ -51,7 +64,7 @@ KERNELS = {  # what a GPU's kernel is for, by words in the name its author or to
 TRACES_SHOWN = ("official", "init-sqrt-d", "init-inverse", "adamw", "frozen", "adam")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Records, and cells of tables
 
 
@@ -61,7 +74,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def records(path: str) -> list[dict]:
-    """The lines of a log in this folder. Raises ValueError, naming the line, for one that is damaged."""
+    """The lines of a log in this folder. Raises ValueError for a damaged line, with its number."""
     found = []
     for number, line in enumerate((HERE / path).read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -81,7 +94,8 @@ def grouped(runs: list[dict], *keys: str) -> dict[tuple, list[dict]]:
     """Runs that differ in nothing but the seed, in the order in which they come."""
     groups = {}
     for run in runs:
-        groups.setdefault(tuple(run["eval"]["label"] if key == "label" else run[key] for key in keys), []).append(run)
+        group = tuple(run["eval"]["label"] if key == "label" else run[key] for key in keys)
+        groups.setdefault(group, []).append(run)
     return groups
 
 
@@ -100,7 +114,7 @@ def added(bits: str, method: str):
 
 
 def both_added(runs: list[dict], bits: str = "4-4-4") -> list[str]:
-    """Two cells: the loss that these bits add with plain rounding, and with a Hadamard in the FFN."""
+    """Two cells: the loss that these bits add, with plain rounding and with an FFN Hadamard."""
     return [spread(runs, added(bits, method), 4, sign=True) for method in ("rtn", "had")]
 
 
@@ -110,7 +124,7 @@ def hidden_kurtosis(run) -> float:
 
 
 def largest_ratio(run) -> float:
-    """The activation of the residual stream that stands out most, over the median of its sequence."""
+    """The largest activation of the residual stream, over the median of its sequence."""
     return max(state["ratio"] for state in run["eval"]["largest"])
 
 
@@ -120,7 +134,7 @@ def kurtosis_heads(runs: list[dict]) -> list[str]:
             f"as published (Gaussian {floors['kurtosis_as_published_floor']:.3f})"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The books, the ablation, the knob
 
 
@@ -144,19 +158,22 @@ def books_bits() -> str:
     runs, rows = books_runs(), []
     settings = ("4-8-16", "4-8-8", "4-4-16", "4-4-4", "3-3-3")
     for name, label in BOOKS.items():
-        results = runs[f"table2-{name}"]["eval"]["quantized"] | {"4-4-4": runs[name]["eval"]["quantized"]["4-4-4"]}
+        results = dict(runs[f"table2-{name}"]["eval"]["quantized"])
+        results["4-4-4"] = runs[name]["eval"]["quantized"]["4-4-4"]
         for method in ("rtn", "had"):
-            rows.append([label, method, *(f"{results[bits][method]['added']:+.4f}" for bits in settings)])
+            cells = [f"{results[bits][method]['added']:+.4f}" for bits in settings]
+            rows.append([label, method, *cells])
     return markdown(["", "", *settings], rows)
 
 
 def books_rates() -> str:
     runs = [run for name, run in books_runs().items() if name.startswith("rate-")]
-    rows = [[r["eval"]["label"], f"{r['lr']:g}", f"{r['eval']['val_loss']:.4f}", f"{r['eval']['kurtosis']:.2f}",
-             *both_added([r])]
-            for r in sorted(runs, key=lambda r: (r["eval"]["label"], r["lr"]))]
-    head = ["", "peak learning rate", "validation loss", "excess kurtosis", "added at 4-4-4, rtn", "had"]
-    return markdown(head, rows)
+    rows = []
+    for run in sorted(runs, key=lambda run: (run["eval"]["label"], run["lr"])):
+        e = run["eval"]
+        rows.append([e["label"], f"{run['lr']:g}", f"{e['val_loss']:.4f}", f"{e['kurtosis']:.2f}",
+                     *both_added([run])])
+    return markdown(["", "peak learning rate", "validation loss", "excess kurtosis", *ADDED], rows)
 
 
 def books() -> str:
@@ -167,7 +184,7 @@ def books() -> str:
                      f"{run['eval']['kurtosis_as_published']:.2f}", f"{largest_ratio(run):,.0f}",
                      f"{hidden_kurtosis(run):,.0f}"])
     heads = kurtosis_heads([runs["books-osp"]])
-    return markdown(["", "loss on books not seen", "added at 4-4-4, rtn", "had", heads[1], "largest / median",
+    return markdown(["", "loss on books not seen", *ADDED, heads[1], "largest / median",
                      "FFN hidden kurtosis"], rows)
 
 
@@ -179,31 +196,39 @@ def ablation_full() -> str:
          spread(group, largest_ratio, 0), spread(group, hidden_kurtosis, 0)]
         for (label,), group in grouped(runs, "label").items()
     ]
-    head = ["", "validation loss", "bits per byte", *kurtosis_heads(runs), "largest / median", "FFN hidden kurtosis"]
-    return markdown(head, rows)
+    return markdown(["", "validation loss", "bits per byte", *kurtosis_heads(runs),
+                     "largest / median", "FFN hidden kurtosis"], rows)
+
+
+def loss_kurtosis_added(runs: list[dict]) -> list[list[str]]:
+    """A row for each label: loss, kurtosis, and the loss that 4-4-4 adds."""
+    return [[label, spread(group, of_eval("val_loss"), 4), spread(group, of_eval("kurtosis"), 2),
+             *both_added(group)]
+            for (label,), group in grouped(runs, "label").items()]
 
 
 def ablation_six() -> str:
     """The paper's six rows, for the front page."""
-    runs = records("ablation_full/runs.jsonl")
-    rows = [[label, spread(group, of_eval("val_loss"), 4), spread(group, of_eval("kurtosis"), 2), *both_added(group)]
-            for (label,), group in grouped([r for r in runs if r["name"].rsplit("-s", 1)[0] in ROWS], "label").items()]
-    return markdown(["", "validation loss", kurtosis_heads(runs)[0], "loss added by 4 bits", "with a Hadamard rotation"],
-                    rows)
+    runs = [run for run in records("ablation_full/runs.jsonl")
+            if run["name"].rsplit("-s", 1)[0] in ROWS]
+    return markdown(["", "validation loss", kurtosis_heads(runs)[0], "loss added by 4 bits",
+                     "with a Hadamard rotation"], loss_kurtosis_added(runs))
 
 
 def by_site(named: list[tuple[str, list[dict]]]) -> str:
-    """`named`: label and runs of each row. Mean kurtosis over the blocks, for every site of eval.py."""
+    """Mean kurtosis over the blocks, for every site. `named`: label and runs of each row."""
     names = list(named[0][1][0]["eval"]["sites"])
 
     def mean_of(site):
         return lambda run: statistics.mean(run["eval"]["sites"][site]["kurtosis"])
 
-    return markdown(["", *names], [[label, *(spread(runs, mean_of(n), 2) for n in names)] for label, runs in named])
+    rows = [[label, *(spread(runs, mean_of(name), 2) for name in names)] for label, runs in named]
+    return markdown(["", *names], rows)
 
 
 def ablation_full_sites() -> str:
-    return by_site([(label, runs) for (label,), runs in grouped(records("ablation_full/runs.jsonl"), "label").items()])
+    groups = grouped(records("ablation_full/runs.jsonl"), "label")
+    return by_site([(label, runs) for (label,), runs in groups.items()])
 
 
 def books_sites() -> str:
@@ -215,23 +240,24 @@ def ablation_full_bits() -> str:
     rows = []
     for (label,), group in grouped(records("ablation_full/runs.jsonl"), "label").items():
         rows.append([label, *(cell for bits in ABLATION_BITS for cell in both_added(group, bits))])
-    return markdown(["", *(f"{bits} {method}" for bits in ABLATION_BITS for method in ("rtn", "had"))], rows)
+    heads = [f"{bits} {method}" for bits in ABLATION_BITS for method in ("rtn", "had")]
+    return markdown(["", *heads], rows)
 
 
 def adam_parts() -> str:
     runs = records("adam_parts/runs.jsonl")
-    rows = [[label, spread(group, of_eval("val_loss"), 4), spread(group, of_eval("kurtosis"), 2), *both_added(group)]
-            for (label,), group in grouped(runs, "label").items()]
-    return markdown(["", "validation loss", kurtosis_heads(runs)[0], "added at 4-4-4, rtn", "had"], rows)
+    head = ["", "validation loss", kurtosis_heads(runs)[0], *ADDED]
+    return markdown(head, loss_kurtosis_added(runs))
 
 
 def knob_runs(what: str) -> list[dict]:
-    """Runs of knob/ and those of ablation_full/ that belong to them, sorted; only `what` differs from the defaults."""
-    runs = records("knob/runs.jsonl") + [r for r in records("ablation_full/runs.jsonl") if r["eval"]["label"] in KNOB]
+    """Runs of knob/ and ablation_full/ that differ from the defaults in nothing but `what`."""
+    runs = records("knob/runs.jsonl") + records("ablation_full/runs.jsonl")
+    runs = [run for run in runs if run["eval"]["label"] in KNOB]
     if what == "lr":
-        return [r for r in runs if r["steps"] == 1000]
-    best = {r["eval"]["label"]: r["lr"] for r in runs if r["steps"] != 1000}
-    return [r for r in runs if r["lr"] == best.get(r["eval"]["label"])]
+        return [run for run in runs if run["steps"] == 1000]
+    default_rate = {run["eval"]["label"]: run["lr"] for run in runs if run["steps"] != 1000}
+    return [run for run in runs if run["lr"] == default_rate.get(run["eval"]["label"])]
 
 
 def knob(what: str) -> str:
@@ -239,15 +265,16 @@ def knob(what: str) -> str:
     runs = knob_runs(what)
     name = {"lr": "peak learning rate", "steps": "steps"}[what]
     rows = [
-        [label, f"{x:g}", str(len(group)), spread(group, of_eval("val_loss"), 4), spread(group, of_eval("kurtosis"), 2),
-         spread(group, hidden_kurtosis, 0), *both_added(group)]
+        [label, f"{x:g}", str(len(group)), spread(group, of_eval("val_loss"), 4),
+         spread(group, of_eval("kurtosis"), 2), spread(group, hidden_kurtosis, 0),
+         *both_added(group)]
         for (label, x), group in sorted(grouped(runs, "label", what).items())
     ]
-    return markdown(["", name, "runs", "validation loss", kurtosis_heads(runs)[0], "FFN hidden kurtosis",
-                     "added at 4-4-4, rtn", "had"], rows)
+    return markdown(["", name, "runs", "validation loss", kurtosis_heads(runs)[0],
+                     "FFN hidden kurtosis", *ADDED], rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The FFN's hidden state, speed, the laptop's tables
 
 
@@ -273,33 +300,40 @@ def ffn_hidden() -> str:
         rows.append([
             f"`{variant}`", cell(lambda r: r["val_loss"], 4), cell(lambda r: r["kurtosis"], 2),
             cell(lambda r: statistics.mean(r["gains"]["ffn_norm"]), 2),
-            cell(lambda r: max(r["hidden_max"]), 0), cell(lambda r: max(r["hidden_max"]) / max(r["hidden_rms"]), 0),
+            cell(lambda r: max(r["hidden_max"]), 0),
+            cell(lambda r: max(r["hidden_max"]) / max(r["hidden_rms"]), 0),
             cell(lambda r: statistics.mean(r["hidden_kurtosis"]), 0),
             cell(lambda r: 100 * statistics.mean(r["hidden_error_4bit"]), 1),
             cell(lambda r: 100 * statistics.mean(r["hidden_error_4bit_hadamard"]), 1),
-            *(cell(lambda r, m=m: r["quantized"]["4-4-4"][m] - r["val_loss"], 4) for m in ("rtn", "had")),
+            cell(lambda r: r["quantized"]["4-4-4"]["rtn"] - r["val_loss"], 4),
+            cell(lambda r: r["quantized"]["4-4-4"]["had"] - r["val_loss"], 4),
         ])
-    return markdown(["variant", "validation loss", "residual kurtosis", "FFN norm's gain", "hidden max", "max / rms",
-                     "hidden kurtosis", "4-bit error, %", "after Hadamard, %", "added at 4-4-4, rtn", "had"], rows)
+    return markdown(["variant", "validation loss", "residual kurtosis", "FFN norm's gain",
+                     "hidden max", "max / rms", "hidden kurtosis", "4-bit error, %",
+                     "after Hadamard, %", *ADDED], rows)
 
 
 def speed() -> str:
-    """Of speed/1.4b.jsonl: the comparison in one process, and the bench with larger micro-batches beside it."""
+    """speed/1.4b.jsonl: the comparison in one process, and --bench with larger micro-batches."""
     found = records("speed/1.4b.jsonl")
-    peak = statistics.mean(v for r in found for name, v in r.items() if name in ("peak_start_TF", "peak_end_TF"))
+    peaks = ("peak_start_TF", "peak_end_TF")
+    peak = statistics.mean(r[name] for r in found for name in peaks if name in r)
     names = {"osp": "OSP", "adam": "Adam", "muon": "Muon",
              "hf": "transformers' LLaMA, compiled, with torch.optim.Muon and fused AdamW"}
     rows = []
     for r in found:
         if "result" in r:
             name, micro = r["result"].split(":")
-            rows.append([names[name], micro, f"{r['tok_s']:,.0f}", f"{r['model_tflops'] / peak:.0%}",
+            share = r["model_tflops"] / peak
+            rows.append([names[name], micro, f"{r['tok_s']:,.0f}", f"{share:.0%}",
                          f"{r['optimizer_ms']:.0f} ms", f"{r['peak_gib']:.1f} GiB"])
     for r in found:
         if r.get("bench") == "a_micro16":
-            rows.append(["OSP, on another GPU", "16", f"{r['tokens_per_s']:,.0f}", f"{r['mfu_matmul']:.0%}",
-                         f"{r['optimizer_ms']:.0f} ms", f"{r['peak_memory_gib']:.1f} GiB"])
-    return markdown(["", "micro-batch", "tokens/s", "of the product's speed", "optimizer", "peak memory"], rows)
+            rows.append(["OSP, on another GPU", "16", f"{r['tokens_per_s']:,.0f}",
+                         f"{r['mfu_matmul']:.0%}", f"{r['optimizer_ms']:.0f} ms",
+                         f"{r['peak_memory_gib']:.1f} GiB"])
+    return markdown(["", "micro-batch", "tokens/s", "of the product's speed", "optimizer",
+                     "peak memory"], rows)
 
 
 def kind(kernel: str) -> str:
@@ -307,19 +341,20 @@ def kind(kernel: str) -> str:
 
 
 def where_time_goes() -> str:
-    """The kernels of a micro-batch of 16 in speed/variants.jsonl, and the optimizer as bench.py timed it with 16."""
+    """The kernels of a micro-batch of 16 in speed/variants.jsonl, and the optimizer's share."""
     step = next(r for r in records("speed/1.4b.jsonl") if r.get("bench") == "a_micro16")
     optimizer, ms = step["optimizer_ms"] / step["step_ms"], Counter()
     for r in records("speed/variants.jsonl"):
         if "kernel" in r:
             ms[kind(r["kernel"])] += r["ms"]
-    shares = Counter({what: time / ms.total() * (1 - optimizer) for what, time in ms.items()}, optimizer=optimizer)
-    rows = [[what, f"{share:.1%}"] for what, share in shares.most_common()]
+    shares = Counter({name: time / ms.total() * (1 - optimizer) for name, time in ms.items()})
+    shares["optimizer"] = optimizer
+    rows = [[name, f"{share:.1%}"] for name, share in shares.most_common()]
     return markdown(["where the time goes", "share of a step"], rows)
 
 
 def two_gpus() -> str:
-    """A row a host: tokens/s of its GPUs alone, as far as measured, of both together, and the ratio to their mean."""
+    """A row for each host: tokens/s of its GPUs alone, of both together, and their ratio."""
     alone, together = {}, {}
     for r in records("speed/1.4b.jsonl") + records("speed/two_gpus.jsonl"):
         if r.get("bench") in ("one", "a_micro8"):
@@ -337,8 +372,9 @@ def two_gpus() -> str:
 
 def forward_backward_variants() -> str:
     tried = [r for r in records("speed/variants.jsonl") if "forward_backward" in r]
-    return markdown(["forward and backward of 16 x 2048 tokens", "ms", "of what is kept"],
-                    [[r["forward_backward"], f"{r['ms']:.0f}", f"{r['ms'] / tried[0]['ms']:.3f}"] for r in tried])
+    kept = tried[0]["ms"]
+    rows = [[r["forward_backward"], f"{r['ms']:.0f}", f"{r['ms'] / kept:.3f}"] for r in tried]
+    return markdown(["forward and backward of 16 x 2048 tokens", "ms", "of what is kept"], rows)
 
 
 def muon_variants() -> str:
@@ -346,7 +382,8 @@ def muon_variants() -> str:
     for r in records("speed/variants.jsonl"):
         if "muon_step" in r:
             usual.setdefault(r["run"], r["ms"])  # torch.optim.Muon comes first
-            rows.append([r["muon_step"], f"{r['run']}", f"{r['ms']:.0f}", f"{r['ms'] / usual[r['run']]:.2f}"])
+            ratio = r["ms"] / usual[r["run"]]
+            rows.append([r["muon_step"], f"{r['run']}", f"{r['ms']:.0f}", f"{ratio:.2f}"])
     return markdown(["Muon's step", "run", "ms", "of torch.optim.Muon's"], rows)
 
 
@@ -355,13 +392,14 @@ def first_minute() -> str:
     for name, machine in (("tiny", "two CPU cores"), ("toy", "one H100")):
         for row in ("adam", "osp"):
             text = (HERE / f"first_minute/{name}-{row}.txt").read_text()
-            command = re.match(r"\$ (.*?)  ", text).group(1)
+            shell_command = re.match(r"\$ (.*?)  ", text).group(1)
             loss, bits = re.search(r"validation loss +(\S+) nats per token = (\S+)", text).groups()
             kurtosis, floor = re.search(r"(?m)^excess kurtosis +(\S+) \(.*: (\S+)\)", text).groups()
             speed, seconds = re.search(r"speed +(\S+) tokens/s in training, (\d+) s", text).groups()
-            rows.append([f"`{command}`", f"{machine}, `{name}`", loss, bits, kurtosis, floor, speed, f"{seconds} s"])
-    head = ["command", "where", "validation loss", "bits per byte", "excess kurtosis", "Gaussian", "tokens/s", "time"]
-    return markdown(head, rows)
+            rows.append([f"`{shell_command}`", f"{machine}, `{name}`", loss, bits, kurtosis, floor,
+                         speed, f"{seconds} s"])
+    return markdown(["command", "where", "validation loss", "bits per byte", "excess kurtosis",
+                     "Gaussian", "tokens/s", "time"], rows)
 
 
 def rates_tiny() -> str:
@@ -373,7 +411,8 @@ def rates_tiny() -> str:
         rate = f"{lr:g}" + (f", embedding and head {embed_lr:g}" if embed_lr else "")
         loss, kurtosis = ([r[key] for r in runs] for key in ("val_loss", "kurtosis"))
         label = {"adam": "Adam", "osp": "OSP"}[row]
-        rows.append([label, rate, str(len(runs)), mean_and_spread(loss, 4), mean_and_spread(kurtosis, 2)])
+        rows.append([label, rate, str(len(runs)), mean_and_spread(loss, 4),
+                     mean_and_spread(kurtosis, 2)])
     return markdown(["", "peak learning rate", "runs", "validation loss", "excess kurtosis"], rows)
 
 
@@ -391,7 +430,7 @@ def ablation_tiny() -> str:
     return ablation_table([json.loads(path.read_text()) for path in files])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # All tables and figures
 
 
@@ -419,13 +458,16 @@ TABLES = {
     "knob_steps": lambda: knob("steps"),
     "rates_tiny": rates_tiny,
 }
-PAGES = (HERE.parent / "README.md", HERE / "README.md", *sorted((HERE.parent / "docs").glob("*.md")))
+PAGES = (HERE.parent / "README.md", HERE / "README.md", *sorted(HERE.parent.glob("docs/*.md")))
 
 
 def filled(page: str) -> str:
     """`page` with every table made new."""
-    pattern = r"(<!-- table (\S+) -->\n).*?(<!-- end -->)"
-    return re.sub(pattern, lambda m: f"{m.group(1)}{TABLES[m.group(2)]()}\n{m.group(3)}", page, flags=re.S)
+    def made_new(match):
+        name = match[1]
+        return f"<!-- table {name} -->\n{TABLES[name]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", made_new, page, flags=re.S)
 
 
 def figures():
@@ -437,7 +479,8 @@ def figures():
                     "Muon, 0.002": plot.STYLES["Muon"], "OSP, 0.002": plot.STYLES["OSP"]}
     logged = logs("books")
     series = [(label, logged[name]) for name, label in BOOKS.items()]
-    front = [(BOOKS[name], logged[name]) for name in ("books-adam-4e-3", "books-adam-2e-3", "books-adam-1e-3", "books-osp")]
+    shown = ("books-adam-4e-3", "books-adam-2e-3", "books-adam-1e-3", "books-osp")
+    front = [(BOOKS[name], logged[name]) for name in shown]
     yield plot.save(plot.draw_front(front, FLOOR), assets / "front.png")
     yield plot.save(plot.draw_curves(series, FLOOR, 4.4), assets / "books_curves.png")
 
@@ -454,9 +497,11 @@ def figures():
     bits = [(BOOKS[name], runs[f"sweep-{name}"]["eval"]["quantized"]) for name in shown]
     yield plot.save(plot.draw_bits(bits), assets / "books_bits.png")
     labels = {run["name"]: run["eval"]["label"] for run in records("ablation_full/runs.jsonl")}
-    series = [(labels[name], log) for name, log in logs("ablation_full").items() if name.rsplit("-s", 1)[0] in ROWS]
+    series = [(labels[name], log) for name, log in logs("ablation_full").items()
+              if name.rsplit("-s", 1)[0] in ROWS]
     yield plot.save(plot.draw_curves(series, FLOOR), assets / "curves_toy.png")
-    traces = {variant: [run[1:] for run in runs] for variant, runs in trace_runs().items() if variant in TRACES_SHOWN}
+    traces = {variant: [run[1:] for run in runs] for variant, runs in trace_runs().items()
+              if variant in TRACES_SHOWN}
     for r in (r for runs in traces.values() for run in runs for r in run):
         r["ffn_norm_gain"] = statistics.mean(r["gains"]["ffn_norm"])
     shown = {"ffn_norm_gain": "gain of the FFN's norm", "hidden_max": "largest |hidden|",

@@ -1,4 +1,4 @@
-"""The pages for readers: their tables, links, commands and sizes are checked against what is there."""
+"""README.md, docs/ and results/README.md: their tables, links, options and files are real."""
 
 import re
 from pathlib import Path
@@ -15,10 +15,12 @@ ROOT = Path(train.__file__).parent
 TEXTS = {path: path.read_text(encoding="utf-8") for path in PAGES}
 ALL_TEXT = re.sub(r"<!--.*?-->", "", "\n".join(TEXTS.values()))
 
-PARSERS = [script.build_parser() for script in (train, evaluation, quantize, prepare, corpus, benchmarks)]
-OTHERS_OPTIONS = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint",  # torchrun's
-                  "--local-dir"}  # hf's
-OTHERS_OPTIONS |= {"--gpus"}  # until train.py has it
+SCRIPTS = (train, evaluation, quantize, prepare, corpus, benchmarks)
+PARSERS = [script.build_parser() for script in SCRIPTS]
+FOREIGN = {  # options of torchrun and hf
+    "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--local-dir",
+    "--gpus",  # until train.py has it
+}
 
 
 def headings(page: str) -> set[str]:
@@ -58,7 +60,7 @@ def test_a_changed_digit_would_be_noticed(name):
 
 
 def test_every_option_the_pages_name_exists():
-    options = {name for parser in PARSERS for name in parser._option_string_actions} | OTHERS_OPTIONS
+    options = FOREIGN.union(*(parser._option_string_actions for parser in PARSERS))
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", ALL_TEXT)) <= options
 
 
@@ -84,10 +86,10 @@ def test_every_local_link_resolves(path):
 
 
 def test_the_output_that_the_front_page_shows_was_printed():
-    printed = {line for log in ROOT.glob("results/first_minute/*.txt") for line in log.read_text().splitlines()}
-    shown = re.findall(r"(?ms)^```text\n(.*?)^```", TEXTS[ROOT / "README.md"])
-    assert len(shown) == 2
-    assert {line for block in shown for line in block.splitlines()} <= printed
+    for log, shown in zip(("tiny-osp", "sample"),
+                          re.findall(r"(?ms)^```text\n(.*?)^```", TEXTS[ROOT / "README.md"]), strict=True):
+        printed = (ROOT / f"results/first_minute/{log}.txt").read_text().splitlines()
+        assert set(shown.splitlines()) <= set(printed)
 
 
 def test_figures_are_small():
@@ -96,20 +98,22 @@ def test_figures_are_small():
 
 
 def test_kernels_are_told_apart_by_their_names():
-    names = {  # as torch 2.11 has them on an H100
-        "nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT": "matrix products",
-        "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x128": "attention",
-        "triton_red_fused__log_softmax__to_copy__unsafe_view_prepare_softmax_online_view_3": "loss",
-        "triton_poi_fused__unsafe_view_mul_silu_silu_backward_view_1": "SwiGLU",
-        "triton_red_fused__fused_rms_norm__to_copy__unsafe_view_add_mul_4": "norms and residual stream",
-        "triton_poi_fused__unsafe_view_add_7": "norms and residual stream",
-        "triton_poi_fused__to_copy_add_cat_mul_neg_slice_3": "RoPE and layout of heads",
-        "triton_poi_fused_clone_transpose_3": "RoPE and layout of heads",
-        "triton_poi_fused__to_copy_t_5": "weight casts, sums of gradients",
-        "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>, 3>":
-            "weight casts, sums of gradients",
-        "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "sums over GPUs",
-        "void at::native::sum_and_scatter<float, long>(long const*, float*, long)": "other",
-        "Memset (Device)": "other",
-    }
-    assert {name: kind(name) for name in names} == names
+    names = [  # as torch 2.11 has them on an H100
+        ("matrix products", "nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT"),
+        ("attention", "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x128"),
+        ("loss", "triton_red_fused__log_softmax__to_copy__unsafe_view_prepare_softmax_online_view_3"),
+        ("SwiGLU", "triton_poi_fused__unsafe_view_mul_silu_silu_backward_view_1"),
+        ("norms and residual stream",
+         "triton_red_fused__fused_rms_norm__to_copy__unsafe_view_add_mul_4"),
+        ("norms and residual stream", "triton_poi_fused__unsafe_view_add_7"),
+        ("RoPE and layout of heads", "triton_poi_fused__to_copy_add_cat_mul_neg_slice_3"),
+        ("RoPE and layout of heads", "triton_poi_fused_clone_transpose_3"),
+        ("weight casts, sums of gradients", "triton_poi_fused__to_copy_t_5"),
+        ("weight casts, sums of gradients",
+         "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>, 3>"),
+        ("sums over GPUs",
+         "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)"),
+        ("other", "void at::native::sum_and_scatter<float, long>(long const*, float*, long)"),
+        ("other", "Memset (Device)"),
+    ]
+    assert [(kind(name), name) for _, name in names] == names
