@@ -86,8 +86,8 @@ def test_every_local_link_resolves(path):
 
 
 def test_the_output_that_the_front_page_shows_was_printed():
-    for log, shown in zip(("tiny-osp", "sample"),
-                          re.findall(r"(?ms)^```text\n(.*?)^```", TEXTS[ROOT / "README.md"]), strict=True):
+    blocks = re.findall(r"(?ms)^```text\n(.*?)^```", TEXTS[ROOT / "README.md"])
+    for log, shown in zip(("tiny-osp", "sample"), blocks, strict=True):
         printed = (ROOT / f"results/first_minute/{log}.txt").read_text().splitlines()
         assert set(shown.splitlines()) <= set(printed)
 
@@ -100,8 +100,10 @@ def test_figures_are_small():
 def test_kernels_are_told_apart_by_their_names():
     names = [  # as torch 2.11 has them on an H100
         ("matrix products", "nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT"),
-        ("attention", "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x128"),
-        ("loss", "triton_red_fused__log_softmax__to_copy__unsafe_view_prepare_softmax_online_view_3"),
+        ("attention",
+         "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x128"),
+        ("loss",
+         "triton_red_fused__log_softmax__to_copy__unsafe_view_prepare_softmax_online_view_3"),
         ("SwiGLU", "triton_poi_fused__unsafe_view_mul_silu_silu_backward_view_1"),
         ("norms and residual stream",
          "triton_red_fused__fused_rms_norm__to_copy__unsafe_view_add_mul_4"),
