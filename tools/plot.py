@@ -108,6 +108,28 @@ def legend_above(figure, axis):
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=9, frameon=False)
 
 
+def draw_front(series: list[tuple[str, list[dict]]], floor: float):
+    """Kurtosis alone, on a linear axis: the front page's figure. The last of `series` is thickest.
+
+    Args:
+        series: label, with the learning rate in it, and log of each run.
+    """
+    figure, (axis,) = panels(1, 7.4, 3.0)
+    for i, (label, log) in enumerate(series, start=1):
+        points = [record for record in log if "kurtosis" in record]
+        color, line, _ = style(label)
+        axis.plot([r["tokens"] / 1e6 for r in points], [r["kurtosis"] for r in points], color=color,
+                  linestyle=line, linewidth=3 if i == len(series) else 1.6,
+                  label=label.replace(",", ", learning rate"))
+    axis.axhline(floor, color="black", linewidth=1, linestyle=(0, (1, 2)),
+                 label=f"Gaussian vectors ({floor:.3f})")
+    axis.set_xlabel("training tokens (millions)")
+    axis.set_ylabel("excess kurtosis of the activations")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return figure
+
+
 def state_name(i: int) -> str:
     return "embedding output" if i == 0 else f"output of block {i}"
 
@@ -149,22 +171,6 @@ def draw_curves(series: list[tuple[str, list[dict]]], floor: float, highest_loss
     for axis in (left, right):
         axis.set_xlabel("training tokens (millions)")
     legend_above(figure, right)
-    return figure
-
-
-def draw_front(series: list[tuple[str, list[dict]]], floor: float):
-    """Kurtosis alone, on a linear axis. `series`: (label, log of the run), the last one drawn thickest."""
-    figure, (axis,) = panels(1, 7.4, 3.0)
-    for label, log in series:
-        points = [r for r in log if "kurtosis" in r]
-        color, line, _ = style(label)
-        axis.plot([r["tokens"] / 1e6 for r in points], [r["kurtosis"] for r in points], color=color, linestyle=line,
-                  linewidth=3 if label == series[-1][0] else 1.6, label=f"{label.replace(',', ', learning rate')}")
-    axis.axhline(floor, color="black", linewidth=1, linestyle=(0, (1, 2)), label=f"Gaussian vectors ({floor:.3f})")
-    axis.set_xlabel("training tokens (millions)")
-    axis.set_ylabel("excess kurtosis of the activations")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return figure
 
 
