@@ -1,17 +1,19 @@
 """The ten benchmarks, from their original files to the task files that eval.py --tasks scores.
 
-    python data/benchmarks.py all --hub --out tasks           fetch and convert all (needs requirements-extra.txt)
-    python data/benchmarks.py piqa FILE --out tasks           convert a file that is there: .parquet, .jsonl, .jsonl.gz
-    python data/benchmarks.py gsm8k FILE --train FILE --out tasks     the shots come from the training split
+    python data/benchmarks.py all --hub --out tasks        fetch and convert all of them
+    python data/benchmarks.py piqa FILE --out tasks        convert a .parquet, .jsonl or .jsonl.gz
+    python data/benchmarks.py gsm8k FILE --train FILE --out tasks      with solved examples
 
-Prompts, splits and numbers of shots are those of the paper's evaluation (its lighteval_tasks.py and tasks.txt). Three
-of its details are odd, and only kept with --osp-exact, which a comparison with the paper's numbers needs:
+Prompts, splits and numbers of solved examples are those of the paper's evaluation, in its
+lighteval_tasks.py and tasks.txt. Three of its details are odd. They are only kept with --osp-exact,
+which a comparison with the paper needs:
  1. HellaSwag: endings follow the context after two blanks. Here: one.
- 2. TriviaQA: the answers of the shots are bare (lower case, no punctuation) and follow "Answer:" without a blank. Here:
-    as in the dataset, after a blank.
+ 2. TriviaQA: the answers of the solved examples are bare (lower case, no punctuation) and follow
+    "Answer:" without a blank. Here: as in the dataset, after a blank.
  3. TriviaQA: an accepted answer that begins with another one is dropped. Here: all are accepted.
 
-The data layout is that of the datasets on the Hugging Face hub; what the files look like afterwards says benchmarks.py.
+FILEs are as the datasets on the Hugging Face hub have them. tools/tasks.py describes task files.
+Parquet and --hub need requirements-extra.txt.
 """
 
 import gzip
@@ -19,18 +21,19 @@ import json
 import re
 import string
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs as a script from any directory
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from any directory
 
 from tqdm import tqdm
 
-from nanoosp.cli import Parser, extra, run, write_whole
 from data.sources import download
+from nanoosp.files import require, write_text
+from nanoosp.options import command, fail, option, parse
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Converters: a row of the dataset -> a question. `exact` asks for the oddities.
+# Converters: a row of the dataset -> a question. exact: with the paper's oddities.
 
 
 def mc(context: str, choices: list[str], gold: int, **more) -> dict:
@@ -41,12 +44,13 @@ def mc(context: str, choices: list[str], gold: int, **more) -> dict:
 
 def arc(row, exact):
     labels, texts = row["choices"]["label"], row["choices"]["text"]  # labels are A to E, or 1 to 5
-    return mc(f"Question: {row['question']}\nAnswer:", [" " + t for t in texts], labels.index(row["answerKey"]))
+    choices = [" " + text for text in texts]
+    return mc(f"Question: {row['question']}\nAnswer:", choices, labels.index(row["answerKey"]))
 
 
 def commonsense_qa(row, exact):
-    texts = row["choices"]["text"]
-    return mc(row["question"], [" " + t for t in texts], "ABCDE".index(row["answerKey"].strip()))
+    choices = [" " + text for text in row["choices"]["text"]]
+    return mc(row["question"], choices, "ABCDE".index(row["answerKey"].strip()))
 
 
 def gsm8k(row, exact):
@@ -71,12 +75,13 @@ def mmlu(row, exact):
 
 
 def openbook_qa(row, exact):
-    texts = row["choices"]["text"]
-    return mc(row["question_stem"], [" " + t for t in texts], "ABCDE".index(row["answerKey"].strip()))
+    choices = [" " + text for text in row["choices"]["text"]]
+    return mc(row["question_stem"], choices, "ABCDE".index(row["answerKey"].strip()))
 
 
 def piqa(row, exact):
-    return mc(f"Question: {row['goal']}\nAnswer:", [" " + row["sol1"], " " + row["sol2"]], int(row["label"]))
+    choices = [" " + row["sol1"], " " + row["sol2"]]
+    return mc(f"Question: {row['goal']}\nAnswer:", choices, int(row["label"]))
 
 
 def siqa(row, exact):
@@ -87,17 +92,19 @@ def siqa(row, exact):
 def trivia_qa(row, exact):
     answers, target = row["answer"]["aliases"], " " + row["answer"]["value"]
     if exact:
-        kept = []
+        starts = []
         for alias in sorted(answers):
-            if not kept or not alias.startswith(kept[-1]):
-                kept.append(alias)
-        answers = [alias.lower().translate(str.maketrans("", "", string.punctuation)) for alias in kept]
+            if not starts or not alias.startswith(starts[-1]):
+                starts.append(alias)
+        drop = str.maketrans("", "", string.punctuation)
+        answers = [alias.lower().translate(drop) for alias in starts]
         target = answers[0]
-    return dict(type="gen", context=f"Question: {row['question']}\nAnswer:", answers=answers, target=target)
+    context = f"Question: {row['question']}\nAnswer:"
+    return dict(type="gen", context=context, answers=answers, target=target)
 
 
 def winogrande(row, exact):
-    before, _, after = row["sentence"].partition("_")  # the blank in front of the gap stays with the context
+    before, _, after = row["sentence"].partition("_")  # a blank stays at its end
     choices = [f"{row[option]} {after.strip()}" for option in ("option1", "option2")]
     return mc(before, choices, int(row["answer"]) - 1)
 
@@ -118,7 +125,8 @@ STOP = ["Question:", "Question"]
 ORIGINS = {
     "arc_easy": Origin("ARC", arc, "allenai/ai2_arc", "ARC-Easy", "test", 2376),
     "arc_challenge": Origin("ARC", arc, "allenai/ai2_arc", "ARC-Challenge", "test", 1172),
-    "commonsense_qa": Origin("CSQA", commonsense_qa, "tau/commonsense_qa", "default", "validation", 1221),
+    "commonsense_qa": Origin("CSQA", commonsense_qa, "tau/commonsense_qa", "default",
+                             "validation", 1221),
     "gsm8k": Origin("GSM8K", gsm8k, "openai/gsm8k", "main", "test", 1319,
                     dict(shots=8, max_new=256, stop=STOP, match="number")),
     "hellaswag": Origin("HS", hellaswag, "Rowan/hellaswag", "default", "validation", 10042),
@@ -126,19 +134,19 @@ ORIGINS = {
     "openbook_qa": Origin("OBQA", openbook_qa, "allenai/openbookqa", "main", "validation", 500),
     "piqa": Origin("PIQA", piqa, "ybisk/piqa", "plain_text", "validation", 1838),
     "siqa": Origin("SIQA", siqa, "lighteval/siqa", "default", "validation", 1954),
-    "trivia_qa": Origin("TQA", trivia_qa, "mandarjoshi/trivia_qa", "rc.nocontext", "validation", None,
-                        dict(shots=5, max_new=20, stop=STOP, match="alias")),
-    "winogrande": Origin("WG", winogrande, "allenai/winogrande", "winogrande_xl", "validation", 1267),
+    "trivia_qa": Origin("TQA", trivia_qa, "mandarjoshi/trivia_qa", "rc.nocontext", "validation",
+                        None, dict(shots=5, max_new=20, stop=STOP, match="alias")),
+    "winogrande": Origin("WG", winogrande, "allenai/winogrande", "winogrande_xl", "validation",
+                         1267),
 }
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 
 def read_rows(path: Path):
     """The rows of a file, one by one, as dicts. Raises OSError, ValueError and ImportError."""
     if path.suffix == ".parquet":
-        for batch in extra("pyarrow.parquet", path.name).ParquetFile(path).iter_batches(1024):
+        for batch in require("pyarrow.parquet", path.name).ParquetFile(path).iter_batches(1024):
             yield from batch.to_pylist()
     else:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
@@ -146,13 +154,15 @@ def read_rows(path: Path):
 
 
 def fetch(origin: Origin, split: str) -> Path:
-    """One split, from the hub's own parquet copy, which it keeps of every dataset in one layout; cached. Raises what
-    download() does."""
-    return download(origin.dataset, f"{origin.subset}/{split}/0000.parquet", revision="refs/convert/parquet")
+    """Download one split, once. The hub keeps a parquet copy of every dataset, in the same layout.
+    Raises what download() does."""
+    file = f"{origin.subset}/{split}/0000.parquet"
+    return download(origin.dataset, file, revision="refs/convert/parquet")
 
 
 def convert(task: str, files: list[Path], exact: bool) -> list[str]:
-    """The questions in `files`, as lines. Raises ValueError, with file and row, for a row that does not fit."""
+    """The questions in `files`, as lines. Raises ValueError, with file and row, for a row that does
+    not fit."""
     questions = []
     for path in files:
         before = len(questions)
@@ -161,7 +171,8 @@ def convert(task: str, files: list[Path], exact: bool) -> list[str]:
                 line = json.dumps(ORIGINS[task].convert(row, exact), ensure_ascii=False)
                 line.encode("utf-8")  # half of a surrogate pair cannot be written
                 questions.append(line)
-        except (ValueError, LookupError, TypeError, AttributeError, EOFError, gzip.BadGzipFile) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, EOFError,
+                gzip.BadGzipFile) as error:
             row = len(questions) - before + 1
             raise ValueError(f"{path}, row {row}, does not fit {task}: {error!r}") from error
     if not questions:
@@ -170,59 +181,58 @@ def convert(task: str, files: list[Path], exact: bool) -> list[str]:
 
 
 def write_lines(path: Path, lines: list[str]):
-    """Write a file whole or not at all: then without a new, empty folder either."""
-    made = [folder for folder in (path.parent, path.parent.parent) if not folder.exists()]
+    """Write a file whole or not at all. If that fails, remove the folders that were made for it."""
+    new_folders = [folder for folder in (path.parent, path.parent.parent) if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        write_whole(path, "\n".join([*lines, ""]))
+        write_text(path, "\n".join([*lines, ""]))
     except BaseException:
-        for folder in made:
+        for folder in new_folders:
             folder.rmdir()
         raise
 
 
-def build_parser() -> Parser:
-    p = Parser(__doc__)
-    add = p.add_argument
-    add("task", metavar="TASK", choices=[*ORIGINS, "all"], help=f"one of {', '.join(ORIGINS)}; or all, with --hub")
-    add("files", nargs="*", type=Path, metavar="FILE", help="the split that is scored, as downloaded")
-    add("--train", nargs="+", type=Path, default=[], metavar="FILE",
-        help="the training split, where the solved examples of gsm8k and trivia_qa come from")
-    add("--hub", action="store_true", help="fetch the files from the Hugging Face hub instead (once: it is cached)")
-    add("--out", type=Path, required=True, metavar="DIR", help="where TASK.jsonl goes, and shots/TASK.jsonl")
-    add("--osp-exact", action="store_true",
-        help="keep the three oddities, for numbers that can be compared with the paper's")
-    return p
+@dataclass
+class Options:
+    task: str = option(None, f"one of {', '.join(ORIGINS)}; or all, with --hub", positional=True,
+                       choices=[*ORIGINS, "all"], metavar="TASK")
+    files: Path = option(None, "the split that is scored, as downloaded", positional=True,
+                         many=True, metavar="FILE")
+    train: Path = option(None, "the training split, where the solved examples of gsm8k and "
+                         "trivia_qa come from", many=True, metavar="FILE")
+    hub: bool = option(False, "fetch the files from the Hugging Face hub instead (once: it is "
+                       "cached)")
+    out: Path = option(None, "where TASK.jsonl goes, and shots/TASK.jsonl", metavar="DIR",
+                       required=True)
+    osp_exact: bool = option(False, "keep the three oddities, for numbers that can be compared "
+                             "with the paper's")
 
 
+@command
 def main(argv=None):
-    parser = build_parser()
-    args = parser.parse(argv)
-    if args.hub == bool(args.files) or args.task == "all" and not args.hub:
-        parser.error("name a TASK and its FILEs, or a TASK (or all) and --hub")
-    for task in ORIGINS if args.task == "all" else [args.task]:
+    opt = parse(Options, __doc__, argv)
+    if opt.hub == bool(opt.files) or opt.task == "all" and not opt.hub:
+        fail("name a TASK and its FILEs, or a TASK (or all) and --hub")
+    for task in ORIGINS if opt.task == "all" else [opt.task]:
         origin = ORIGINS[task]
-        settings = dict(task=task, benchmark=origin.benchmark, **origin.settings)
-        settings["source"] = f"{origin.dataset} {origin.subset} {origin.split}" + ", osp-exact" * args.osp_exact
-        try:
-            shots = []
-            if "shots" in settings:
-                settings["shots_from"] = f"shots/{task}.jsonl"
-                if not (args.train or args.hub):
-                    parser.error(f"{task} is asked with {settings['shots']} solved examples: add --train FILE")
-                train = [fetch(origin, "train")] if args.hub else args.train
-                shots = convert(task, train, args.osp_exact)
-            files = [fetch(origin, origin.split)] if args.hub else args.files
-            questions = convert(task, files, args.osp_exact)
-            if shots:
-                write_lines(args.out / settings["shots_from"], shots)
-            write_lines(args.out / f"{task}.jsonl", [json.dumps(settings), *questions])
-        except (ValueError, OSError, ImportError) as error:
-            sys.exit(f"error: {error}")
+        source = f"{origin.dataset} {origin.subset} {origin.split}" + ", osp-exact" * opt.osp_exact
+        settings = dict(task=task, benchmark=origin.benchmark, **origin.settings, source=source)
+        shots = []
+        if "shots" in settings:
+            settings["shots_from"] = f"shots/{task}.jsonl"
+            if not (opt.train or opt.hub):
+                fail(f"{task} is asked with {settings['shots']} solved examples: add --train FILE")
+            train = [fetch(origin, "train")] if opt.hub else opt.train
+            shots = convert(task, train, opt.osp_exact)
+        files = [fetch(origin, origin.split)] if opt.hub else opt.files
+        questions = convert(task, files, opt.osp_exact)
+        if shots:
+            write_lines(opt.out / settings["shots_from"], shots)
+        write_lines(opt.out / f"{task}.jsonl", [json.dumps(settings), *questions])
         n = len(questions)
         note = f" (the paper's split has {origin.rows:,})" if origin.rows not in (n, None) else ""
-        print(f"{args.out / task}.jsonl: {n:,} questions{note}")
+        print(f"{opt.out / task}.jsonl: {n:,} questions{note}")
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

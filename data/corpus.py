@@ -1,20 +1,23 @@
-"""Any amount of text in, token shards out, by any number of processes, stopped and continued at any time. For one text
-that fits in memory: prepare.py.
+"""Any amount of text in, token shards out. It can be stopped and continued at any time. For one
+text that fits in memory there is prepare.py.
 
-    python data/corpus.py --text books/ more.jsonl.gz --out DIR         files and folders, one after the other
-    python data/corpus.py --text web/=0.7 code/=0.3 --out DIR           mixed: 70 % of the tokens from web/
-    python data/corpus.py --hub HuggingFaceFW/fineweb-edu:sample/10BT --out DIR      downloaded file by file
+    python data/corpus.py --text books/ more.jsonl.gz --out DIR     files and folders, in this order
+    python data/corpus.py --text web/=0.7 code/=0.3 --out DIR       70 % of the tokens from web/
+    python data/corpus.py --hub HuggingFaceFW/fineweb-edu:sample/10BT --out DIR     downloaded
 
-Reads .parquet and .jsonl(.gz), a document a row, and .txt, .md, .py, where lines that read <|endoftext|> separate
-documents. A text of more than 1 MiB without such lines is cut, at a line break if there is one.
+It reads .parquet and .jsonl(.gz), with a document a row, and .txt, .md and .py, where lines that
+read <|endoftext|> separate documents. A text of more than 1 MiB without such lines is cut, at a
+line break if there is one.
 
-Of each source the first of every --val-every documents becomes validation text, until there are --val-tokens of it.
-A mixture takes the next document from the source that lags its weight the most, counted in tokens. All this depends on
-the sources alone, not on the number of processes or on interruptions: the same command makes the same bytes.
+Of each source, the first of every --val-every documents becomes validation text, until there are
+--val-tokens of it. A mixture takes its next document from the source that is furthest behind its
+weight, counted in tokens. The result depends on the sources alone: the same command makes the same
+bytes, for any number of processes and after any interruption.
 
-DIR/manifest.json says how far the work has come. It is written every few seconds, after the tokens that it counts;
-later ones are cut off when the work continues. So nothing is lost or repeated, however a process ends (Ctrl-C, kill -9,
-a full disk): the same command goes on. meta.json comes last; without it train.py refuses the folder as unfinished.
+DIR/manifest.json says how much is done. It is written every few seconds, after the tokens that it
+counts. Later tokens are cut off when the work continues. So nothing is lost or repeated, however a
+process ends (Ctrl-C, kill -9, a full disk): repeat the command, and it goes on. meta.json comes
+last. Without it, train.py refuses the folder as unfinished.
 """
 
 import argparse
@@ -28,42 +31,39 @@ import signal
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs as a script from any directory
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from any directory
 
 import numpy as np
 from tqdm import tqdm
 
-from nanoosp.cli import Parser, run, write_whole
+from data.dataset import HEADER, TOKENIZER_JSON, open_shard, write_meta, write_shard
 from data.prepare import SHARD_TOKENS
 from data.sources import Source, open_sources, worker_pool
-from data.dataset import (
-    HEADER,
-    TOKENIZER_JSON,
-    open_shard,
-    read_tokenizer_json,
-    tokenizer_for_shards,
-    write_meta,
-    write_shard,
-)
+from data.tokenizer import tokenizer_for_shards
+from nanoosp.files import whole, write_text
+from nanoosp.options import command, fail, flag, option, parse
 
 try:
     import fcntl  # not on Windows
 except ImportError:
     fcntl = None
 
-GROWTH = {".gz": 3.5, ".parquet": 1.8}  # bytes of text a byte of file: rough, for disk check and progress bar only
-FIXED = ("key", "shard_tokens", "val_every", "val_tokens", "tokenizer")  # options that a corpus keeps until its end
+# Bytes of text in a byte of file. Rough numbers, for the disk check and the progress bar only
+GROWTH = {".gz": 3.5, ".parquet": 1.8}
+# Options that a corpus keeps until it is finished
+FIXED = ("key", "shard_tokens", "val_every", "val_tokens", "tokenizer")
 COMMIT_SECONDS = 5  # between two manifests: the work that a kill -9 costs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The directory: shards, and a manifest that is never ahead of them
 
 
 class Split:
-    """The tokens of a split: finished shards, the next one's tokens in a .part file, and some not written yet."""
+    """The tokens of a split: finished shards, then the next shard's tokens in a .part file, then
+    tokens that are not written yet."""
 
     def __init__(self, name: str, out: Path, shard_tokens: int):
         self.name, self.out, self.shard_tokens, self.pending = name, out, shard_tokens, []
@@ -73,14 +73,17 @@ class Split:
         return self.out / f"{self.name}_{len(self.state['shards']):06d}.part"
 
     def go_back_to(self, state: dict):
-        """To what the manifest knows of. What is on the disk beyond that will be made again."""
+        """Cut what is on the disk to what the manifest counts. The rest will be made again."""
         self.state = state
-        sizes = {self.out / shard["name"]: HEADER * 4 + shard["tokens"] * 2 for shard in state["shards"]}
-        for path, size in [*sizes.items(), *([(self.part(), state["in_part"] * 2)] if state["in_part"] else [])]:
+        sizes = {self.out / shard["name"]: HEADER * 4 + shard["tokens"] * 2
+                 for shard in state["shards"]}
+        if state["in_part"]:
+            sizes[self.part()] = state["in_part"] * 2
+        for path, size in sizes.items():
             if not path.exists() or path.stat().st_size < size:
                 raise ValueError(f"{path} is missing or damaged: remove {self.out} and begin again")
             os.truncate(path, size)
-        for path in set(self.out.glob(f"{self.name}_*.part")) - ({self.part()} if state["in_part"] else set()):
+        for path in set(self.out.glob(f"{self.name}_*.part")) - sizes.keys():
             path.unlink()
 
     def add(self, tokens: np.ndarray, n_bytes: int):
@@ -89,34 +92,37 @@ class Split:
             self.state[name] += n
 
     def write(self, finish: bool):
-        """Write what is pending; `finish` also ends the last shard."""
+        """Write what is pending. finish: this ends the last shard, even if it is short."""
         tokens, self.pending = np.concatenate([np.empty(0, np.uint16), *self.pending]), []
         while len(tokens) or (finish and self.state["in_part"]):
-            now, tokens = np.split(tokens, [self.shard_tokens - self.state["in_part"]])
+            fitting, tokens = np.split(tokens, [self.shard_tokens - self.state["in_part"]])
             with open(self.part(), "ab") as file:
-                file.write(now.tobytes())
-            self.state["in_part"] += len(now)
+                file.write(fitting.tobytes())
+            self.state["in_part"] += len(fitting)
             if self.state["in_part"] == self.shard_tokens or (finish and not len(tokens)):
                 path = self.part().with_suffix(".bin")
-                write_shard(path.with_suffix(".tmp"), np.memmap(self.part(), np.uint16, "r"))
-                os.replace(path.with_suffix(".tmp"), path)
+                with whole(path) as temporary:
+                    write_shard(temporary, np.memmap(self.part(), np.uint16, "r"))
                 sha256 = hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest()
-                self.state["shards"].append({"name": path.name, "tokens": self.state["in_part"], "sha256": sha256})
+                shard = dict(name=path.name, tokens=self.state["in_part"], sha256=sha256)
+                self.state["shards"].append(shard)
                 self.state["in_part"] = 0
 
 
 def commit(out: Path, manifest: dict, splits: list[Split], finish=False):
-    """First the tokens, then the manifest that counts them, then away with what is no longer needed."""
+    """Write first the tokens, then the manifest that counts them. Then remove .part files that are
+    in a shard now."""
     for split in splits:
         split.write(finish)
     manifest = manifest | {"splits": {split.name: split.state for split in splits}}
-    write_whole(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    write_text(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     for path in set(out.glob("*.part")) - {split.part() for split in splits}:
         path.unlink()
 
 
 def read_manifest(out: Path) -> dict | None:
-    """What is in manifest.json; None if there is none. Raises ValueError for one that commit() cannot have written."""
+    """The content of manifest.json; None if there is none. Raises ValueError for one that commit()
+    cannot have written."""
     path = out / "manifest.json"
     if not path.exists():
         return None
@@ -125,16 +131,21 @@ def read_manifest(out: Path) -> dict | None:
         counts, begun_with = [], manifest["begun_with"]
         for source, (_, _) in zip(manifest["sources"], begun_with["sources"], strict=True):
             file, block, document = source["position"]
-            counts += [file, block, document, source["documents"], source["tokens"], len(source["name"])]
+            counts += [file, block, document, len(source["name"])]
+            counts += [source["documents"], source["tokens"]]
         for name in ("train", "val"):
             split = manifest["splits"][name]
             counts += [split[n] for n in ("documents", "tokens", "bytes", "in_part")]
             counts += [shard["tokens"] for shard in split["shards"]]
             names = [f"{name}_{i:06d}.bin" for i in range(len(split["shards"]))]
-            if [shard["name"] for shard in split["shards"]] != names:  # files of these names will be cut to their size
+            if [shard["name"] for shard in split["shards"]] != names:  # files that will be cut
                 raise ValueError
-        sensible = all(type(n) is int and n >= 0 for n in counts) and isinstance(manifest["revisions"], dict)
-        if not sensible or not set(FIXED) <= begun_with.keys():
+        possible = (
+            all(type(n) is int and n >= 0 for n in counts)
+            and isinstance(manifest["revisions"], dict)
+            and set(FIXED) <= begun_with.keys()
+        )
+        if not possible:
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: remove {out} and begin again") from error
@@ -153,22 +164,27 @@ def size(n: float) -> str:
 
 def check_disk(out: Path, sources: list[Source], tokens: float, shard_tokens: int):
     """Raises OSError if the disk is too small for `tokens` more tokens."""
-    downloads = sum(max((f.size for f in source.files if f.path is None), default=0) for source in sources)
-    need = 2 * tokens + 4 * min(shard_tokens, tokens) + downloads  # a shard is written while its .part still exists
-    free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
+    downloads = sum(max((file.size for file in source.files if file.path is None), default=0)
+                    for source in sources)
+    # A shard is written while its .part file still exists
+    need = 2 * tokens + 4 * min(shard_tokens, tokens) + downloads
+    folder = next(path for path in (out, *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
     if need > free:
-        raise OSError(f"{out} needs about {size(need)}, {size(free)} are free there: use --max-tokens or another --out")
+        raise OSError(f"{out} needs about {size(need)}, but {size(free)} are free there: use "
+                      "--max-tokens or another --out")
 
 
 @contextlib.contextmanager
 def locked(out: Path):
-    """Only one process at a time writes to `out`, and where it fails before the first token, nothing of it stays.
+    """Lets only one process at a time write to `out`. If that fails before the first token is
+    written, nothing of it stays.
 
     Raises FileExistsError and BlockingIOError.
     """
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; name another place with --out")
-    made = [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
+    new_folders = [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
     out.mkdir(parents=True, exist_ok=True)
     handle = os.open(out, os.O_RDONLY) if fcntl else None
     try:
@@ -177,26 +193,27 @@ def locked(out: Path):
     except BlockingIOError as error:
         os.close(handle)
         raise BlockingIOError(f"{out}: another process is writing there") from error
-    empty = not any(out.iterdir())  # then all that will be in it is ours
+    was_empty = not any(out.iterdir())  # then all that will be in it is ours
     try:
         yield
     finally:
-        with contextlib.suppress(OSError, ValueError):  # the error that led here counts, not that of tidying up
-            if empty and not n_written(out):
+        with contextlib.suppress(OSError, ValueError):  # show the error that led here instead
+            if was_empty and not n_written(out):
                 for path in list(out.iterdir()):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-                for folder in made:
+                for folder in new_folders:
                     folder.rmdir()
         if fcntl:
             os.close(handle)
 
 
 def mix(sources: list[Source], train: Split, val: Split, opt, bar):
-    """Deal the documents out to the splits; yields after each, when everything is consistent."""
+    """Deal the documents out to the splits. Yields after each, when all counts are right."""
     left = list(sources)
     while left and train.state["tokens"] < opt.max_tokens:
         source = min(left, key=lambda s: s.state["tokens"] / s.weight)  # the first of equals
-        for_val = source.state["documents"] % opt.val_every == 0 and val.state["tokens"] < opt.val_tokens
+        for_val = (source.state["documents"] % opt.val_every == 0
+                   and val.state["tokens"] < opt.val_tokens)
         document = source.take()
         if document is not None:
             (val if for_val else train).add(*document)
@@ -207,26 +224,29 @@ def mix(sources: list[Source], train: Split, val: Split, opt, bar):
         if not source.state["documents"]:
             raise ValueError(f"{source.name}: no documents in it")
         if left:
-            bar.write(f"{source.name} ran out after {source.state['tokens']:,} tokens; the others go on", sys.stderr)
+            n = source.state["tokens"]
+            bar.write(f"{source.name} ran out after {n:,} tokens; the others go on", sys.stderr)
 
 
 def build(out: Path, specs: list[tuple], opt) -> dict:
     """Write or continue the dataset directory `out`. Returns its meta.json.
 
-    Raises OSError and ValueError, each with one line a person can act on; what the manifest counts is never lost.
+    Raises OSError and ValueError, each with one line. What the manifest counts is never lost.
     """
-    with locked(out):  # first of all: what is read without the lock, another process may change
+    with locked(out):  # first of all: without it, another process may change what is read here
         if (out / "meta.json").exists():
             raise FileExistsError(f"{out} is finished; remove it, or name another place with --out")
         old = read_manifest(out)
         if old is None and any(out.iterdir()):
-            raise FileExistsError(f"{out} exists and is no unfinished corpus; remove it, or name another --out")
-        encoding, revisions = tokenizer_for_shards(opt.tokenizer), old["revisions"] if old else {}
+            raise FileExistsError(f"{out} exists and is no unfinished corpus; remove it, or name "
+                                  "another --out")
+        encoding = tokenizer_for_shards(opt.tokenizer)
+        revisions = old["revisions"] if old else {}
         sources = open_sources(specs, opt.key, revisions)
         begun_with = {name: getattr(opt, name) for name in FIXED}
         begun_with["tokenizer"] = encoding.name
-        if encoding.name == TOKENIZER_JSON:  # of a file, what is in it counts
-            begun_with["tokenizer"] = hashlib.sha256(read_tokenizer_json(opt.tokenizer).encode()).hexdigest()
+        if encoding.name == TOKENIZER_JSON:  # its content counts, not its place
+            begun_with["tokenizer"] = hashlib.sha256(encoding.text.encode()).hexdigest()
         begun_with["sources"] = [[source.weight, source.fingerprint()] for source in sources]
         if old:
             check_begun_with(out, old, begun_with)
@@ -236,45 +256,52 @@ def build(out: Path, specs: list[tuple], opt) -> dict:
                 split.go_back_to(old["splits"][split.name])
             for source, state in zip(sources, old["sources"]):
                 source.state = state
-        manifest = {"begun_with": begun_with, "revisions": revisions, "sources": [s.state for s in sources]}
+        manifest = dict(begun_with=begun_with, revisions=revisions,
+                        sources=[source.state for source in sources])
         try:
-            return fill(out, encoding, sources, splits, manifest, opt)
+            return convert(out, encoding, sources, splits, manifest, opt)
         except BrokenProcessPool as error:
-            raise OSError(f"a process was killed (out of memory?){kept(out)}") from error
-        except OSError as error:  # of a full disk, Python does not say where it is
-            what = f"{out}: {error.strerror}" if error.errno and not error.filename else error
-            raise OSError(f"{what}{kept(out)}") from error
+            raise OSError(f"a process was killed (out of memory?){advice(out)}") from error
+        except OSError as error:  # for a full disk, Python does not name the file
+            nameless = error.errno and not error.filename
+            reason = f"{out}: {error.strerror}" if nameless else error
+            raise OSError(f"{reason}{advice(out)}") from error
         except ValueError as error:
             again = "; put that right, and begin again in a new --out" if n_written(out) else ""
             raise ValueError(f"{error}{again}") from error
 
 
-def kept(out: Path) -> str:
+def advice(out: Path) -> str:
     return "; what is done is kept, and the same command continues" if n_written(out) else ""
 
 
 def check_begun_with(out: Path, old: dict, begun_with: dict):
     """Raise ValueError if this command is not the one that began `out`."""
     for name, value in begun_with.items():
-        before, what = old["begun_with"][name], f"another --{name.replace('_', '-')}"
-        if before != value:
-            if name == "sources":
-                what = "other files or weights"
-                before = " ".join(f"{s['name']}={weight}" for s, (weight, _) in zip(old["sources"], before))
-            elif name == "tokenizer" and len(str(before)) == 64:  # its sha256
-                before = f"a {TOKENIZER_JSON} with other contents"
-            raise ValueError(f"{out} was begun with {what}: {before}; use that again, or remove {out}")
+        before, difference = old["begun_with"][name], f"another {flag(name)}"
+        if before == value:
+            continue
+        if name == "sources":
+            difference, names = "other files or weights", [s["name"] for s in old["sources"]]
+            before = " ".join(f"{n}={weight}" for n, (weight, _) in zip(names, before))
+        elif name == "tokenizer" and len(str(before)) == 64:  # a sha256
+            before = f"a {TOKENIZER_JSON} with other contents"
+        raise ValueError(f"{out} was begun with {difference}: {before}; use that again, or remove "
+                         f"{out}")
 
 
-def fill(out: Path, encoding, sources: list[Source], splits: list[Split], manifest: dict, opt) -> dict:
-    """From wherever the sources and splits are, to the end. Returns meta.json."""
-    text = sum(f.size * GROWTH.get(Path(f.name).suffix, 1) for source in sources for f in source.files)
+def convert(out: Path, encoding, sources: list[Source], splits: list[Split], manifest: dict,
+            opt) -> dict:
+    """Go from where the sources and splits are to the end. Returns meta.json."""
+    text = sum(file.size * GROWTH.get(Path(file.name).suffix, 1)
+               for source in sources for file in source.files)  # bytes
     estimate = min(text / (1 if opt.tokenizer == "bytes" else 4), opt.max_tokens + opt.val_tokens)
     done = sum(split.state["tokens"] for split in splits)
     check_disk(out, sources, max(estimate - done, 0), opt.shard_tokens)
     commit(out, manifest, splits)
     pool = worker_pool(opt.processes, opt.tokenizer, opt.key)
-    bar = tqdm(total=int(estimate), initial=done, unit=" tokens", unit_scale=True, disable=None, leave=False)
+    bar = tqdm(total=int(estimate), initial=done, unit=" tokens", unit_scale=True, disable=None,
+               leave=False)
     try:
         for source in sources:
             source.start(pool, 2 * opt.processes + 2, out / "download")
@@ -285,8 +312,9 @@ def fill(out: Path, encoding, sources: list[Source], splits: list[Split], manife
                 committed = time.monotonic()
         for split in splits:
             if split.state["tokens"] < 100:
-                raise ValueError(f"too little text: {split.state['tokens']} {split.name} tokens (--val-every "
-                                 f"{opt.val_every}); for a single short text use data/prepare.py")
+                raise ValueError(f"too little text: {split.state['tokens']} {split.name} tokens "
+                                 f"(--val-every {opt.val_every}); for a single short text use "
+                                 "data/prepare.py")
         commit(out, manifest, splits, finish=True)
     finally:
         bar.close()
@@ -299,10 +327,9 @@ def fill(out: Path, encoding, sources: list[Source], splits: list[Split], manife
     tokens = {split.name: split.state["tokens"] for split in splits}
     n_bytes = {split.name: split.state["bytes"] for split in splits}
     source = hashlib.sha256("".join(shards).encode()).hexdigest()
-    return write_meta(out, opt.tokenizer, encoding, tokens, n_bytes, source)
+    return write_meta(out, encoding, tokens, n_bytes, source)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
@@ -329,56 +356,54 @@ def parse_spec(text: str, on_hub: bool) -> tuple[str, float | None, bool]:
     raise ValueError(f"{text}: the weight {weight!r} is no positive number")
 
 
-def build_parser() -> Parser:
-    p = Parser(__doc__)
-    add = p.add_argument
-    add("--text", nargs="+", default=[], metavar="PATH[=WEIGHT]",
-        help="files to read, or folders to read with all their subfolders; a weight is a source's share of the tokens, "
-        "of which all need not sum to 1. Without weights, one is read after the other")
-    add("--hub", nargs="+", default=[], metavar="NAME[:FOLDER][=WEIGHT]",
-        help="datasets of the Hugging Face hub to read, or one folder of each, weighted in the same way")
-    add("--out", type=Path, required=True, metavar="DIR", help="where to write, or to continue")
-    add("--tokenizer", default="r50k_base", metavar="NAME",
-        help="'r50k_base' (GPT-2; the default), 'bytes', or the path of a Hugging Face tokenizer.json")
-    add("--key", default="text", metavar="NAME",
-        help="the key, in JSON lines, or column, in parquet, that holds the text (default: text)")
-    add("--max-tokens", type=count, default=2**63, metavar="N",
-        help="stop after the document with which there are N training tokens, as 100e9 (default: read everything)")
-    add("--val-every", type=count, default=100, metavar="N",
-        help="take the first of every N documents for validation instead of training (default: 100)")
-    add("--val-tokens", type=count, default=10_000_000, metavar="N",
-        help="stop doing so when there are N validation tokens; all later documents train (default: 10e6)")
-    add("--shard-tokens", type=count, default=SHARD_TOKENS, metavar="N",
-        help="tokens in a file of the dataset, 2 bytes each (default: 100e6)")
-    add("--processes", type=count, default=os.cpu_count(), metavar="N",
-        help="how many processes tokenize at the same time; the result is the same for any (default: one a core)")
-    return p
+@dataclass
+class Options:
+    text: str = option(None, "files to read, or folders to read with all their subfolders. A "
+                       "weight is a source's share of the tokens; they need not sum to 1. Without "
+                       "weights, one is read after the other", many=True, metavar="PATH[=WEIGHT]")
+    hub: str = option(None, "datasets of the Hugging Face hub to read, or one folder of each, "
+                      "weighted in the same way", many=True, metavar="NAME[:FOLDER][=WEIGHT]")
+    out: Path = option(None, "where to write, or to continue", metavar="DIR", required=True)
+    tokenizer: str = option("r50k_base", "'r50k_base' (GPT-2's; the default), 'bytes', or the path "
+                            "of a Hugging Face tokenizer.json", metavar="NAME")
+    key: str = option("text", "the key, in JSON lines, or column, in parquet, that holds the text "
+                      "(default: text)", metavar="NAME")
+    max_tokens: count = option(2**63, "stop after the document with which there are N training "
+                               "tokens, as 100e9 (default: read everything)", high=2**64,
+                               metavar="N")
+    val_every: count = option(100, "take the first of every N documents for validation instead of "
+                              "training (default: 100)", high=2**64, metavar="N")
+    val_tokens: count = option(10_000_000, "stop doing so when there are N validation tokens; all "
+                               "later documents train (default: 10e6)", high=2**64, metavar="N")
+    shard_tokens: count = option(SHARD_TOKENS, "tokens in a file of the dataset, 2 bytes each "
+                                 "(default: 100e6)", high=2**64, metavar="N")
+    processes: count = option(os.cpu_count(), "how many processes tokenize at the same time; the "
+                              "result is the same for any (default: one a core)", metavar="N")
 
 
+@command
 def main(argv=None):
-    parser = build_parser()
-    opt = parser.parse(argv)
+    opt = parse(Options, __doc__, argv)
     try:
-        specs = [parse_spec(s, False) for s in opt.text] + [parse_spec(s, True) for s in opt.hub]
+        specs = [parse_spec(text, False) for text in opt.text or []]
+        specs += [parse_spec(name, True) for name in opt.hub or []]
     except ValueError as error:
-        parser.error(str(error))
+        fail(str(error))
     if not specs:
-        parser.error("name what to read, with --text or --hub")
+        fail("name what to read, with --text or --hub")
     if len({weight is None for _, weight, _ in specs}) > 1:
-        parser.error("give every source a weight (NAME=0.7), or none")
+        fail("give every source a weight (NAME=0.7), or none")
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as at Ctrl-C
     try:
         meta = build(opt.out, specs, opt)
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues")
     finally:
         signal.signal(signal.SIGTERM, previous)
-    tokens = meta["tokens"]
-    print(f"{opt.out}: {tokens['train']:,} training and {tokens['val']:,} validation tokens of {meta['tokenizer']!r}")
+    print(f"{opt.out}: {meta['tokens']['train']:,} training and {meta['tokens']['val']:,} "
+          f"validation tokens of {meta['tokenizer']!r}")
     print(f"train on it: python train.py --osp --data {opt.out}")
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -37,18 +37,18 @@ def fail(message: str):
 
 
 def option(default, help: str, *, group=None, choices=None, low=None, high=2**31, many=False, positional=False,
-           metavar=None, **facts):
+           metavar=None, required=False, **facts):
     """A field of an options dataclass. Its annotation is the type: int, float, str, Path or bool.
 
     Args:
         default: None means "not given", for the script to fill in.
         group: heading that begins here in --help, for this option and those after it.
         low, high: a number must be at least low (without it, above 0) and below high.
-        many: takes a list of values. positional: given without its name.
+        many: takes a list of values. positional: given without its name. required: must be given.
         facts: whatever else the script wants to know of its options, kept in the field's metadata.
     """
     given = dict(help=help, group=group, choices=choices, low=low, high=high, many=many, positional=positional,
-                 metavar=metavar, **facts)
+                 metavar=metavar, required=required, **facts)
     return dataclasses.field(default=default, metadata=given)
 
 
@@ -65,11 +65,12 @@ def flag(name: str) -> str:
 
 
 def build_parser(options: type, docstring: str) -> Parser:
-    """argparse's parser for an options dataclass. --help begins with the docstring, up to its notes on the code."""
+    """argparse's parser for an options dataclass. Inherited options come last. --help begins with the docstring, up to
+    its notes on the code."""
     parser = Parser(description=re.split(NOTES, docstring)[0], allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    for field in dataclasses.fields(options):
+    for field in sorted(dataclasses.fields(options), key=lambda f: f.name not in options.__annotations__):
         facts, kwargs = field.metadata, dict(default=field.default, help=field.metadata["help"])
         if facts["group"]:
             add = parser.add_argument_group(facts["group"]).add_argument
@@ -77,7 +78,9 @@ def build_parser(options: type, docstring: str) -> Parser:
             kwargs["action"] = "store_true" if field.default is False else argparse.BooleanOptionalAction
         else:
             kwargs |= dict(type=field.type, choices=facts["choices"], metavar=facts["metavar"])
-            kwargs |= dict(nargs="+") if facts["many"] else {}
+            at_least_one = facts["required"] or not facts["positional"]
+            kwargs |= dict(nargs="+" if at_least_one else "*") if facts["many"] else {}
+            kwargs |= dict(required=True) if facts["required"] and not facts["positional"] else {}
         if facts["positional"]:
             del kwargs["default"]  # argparse then insists on it
         add(field.name if facts["positional"] else flag(field.name), **kwargs)
@@ -102,10 +105,19 @@ def parse(options: type, docstring: str, argv=None):
     return opt
 
 
+def fill(opt, **defaults):
+    """Give options that are None their defaults."""
+    for name, value in defaults.items():
+        if getattr(opt, name) is None:
+            setattr(opt, name, value)
+
+
 def check_ranges(opt):
-    """End the program at the first number that is out of its range."""
+    """End the program at the first number that is out of its range, and at an empty text."""
     for field in dataclasses.fields(opt):
         value, low = getattr(opt, field.name), field.metadata["low"]
+        if value == "" and field.type is str:
+            fail(f"{flag(field.name)} is empty")
         if type(value) not in (int, float):
             continue
         enough = value > 0 if low is None else value >= low  # false for nan

@@ -33,6 +33,7 @@ sys.path.insert(0, str(HERE.parent))  # so that it runs from any directory
 
 from nanoosp.files import write_text  # noqa: E402 (it and the rest need the line above)
 from nanoosp.options import command  # noqa: E402
+from nanoosp.summary import table  # noqa: E402
 from tools.ablation import ablation_table, mean_and_spread  # noqa: E402
 from results.ffn_hidden.trace import VARIANTS  # noqa: E402
 
@@ -69,8 +70,7 @@ TRACES_SHOWN = ("official", "init-sqrt-d", "init-inverse", "adamw", "frozen", "a
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return table(head, rows, markdown=True)
 
 
 def records(path: str) -> list[dict]:
@@ -387,6 +387,15 @@ def muon_variants() -> str:
     return markdown(["Muon's step", "run", "ms", "of torch.optim.Muon's"], rows)
 
 
+def newton_schulz() -> str:
+    rows = []
+    for r in records("speed/newton_schulz.jsonl")[1:]:
+        rows.append([r["newton_schulz"], f"{r['machine']}", f"{r['optimizer_ms']:.0f}",
+                     f"{r['forward_backward_ms']:,.0f}", f"{r['tokens_per_s']:,.0f}"])
+    return markdown(["Newton-Schulz", "machine", "optimizer, ms", "forward and backward, ms",
+                     "tokens/s"], rows)
+
+
 def first_minute() -> str:
     rows = []
     for name, machine in (("tiny", "two CPU cores"), ("toy", "one H100")):
@@ -453,6 +462,7 @@ TABLES = {
     "two_gpus": two_gpus,
     "forward_backward_variants": forward_backward_variants,
     "muon_variants": muon_variants,
+    "newton_schulz": newton_schulz,
     "adam_parts": adam_parts,
     "knob_lr": lambda: knob("lr"),
     "knob_steps": lambda: knob("steps"),
@@ -471,6 +481,7 @@ def filled(page: str) -> str:
 
 
 def figures():
+    from results.figures import draw_knob, draw_traces
     from tools import plot
 
     assets = HERE / "figures"
@@ -491,7 +502,7 @@ def figures():
             found.setdefault(r["eval"]["label"], []).append((r[what], *values))
         return found
 
-    yield plot.save(plot.draw_knob(points("lr"), points("steps"), FLOOR, 1.8), assets / "knob.png")
+    yield plot.save(draw_knob(points("lr"), points("steps"), FLOOR, 1.8), assets / "knob.png")
     runs = books_runs()
     shown = ("books-adam-4e-3", "books-muon", "books-osp")
     bits = [(BOOKS[name], runs[f"sweep-{name}"]["eval"]["quantized"]) for name in shown]
@@ -506,7 +517,7 @@ def figures():
         r["ffn_norm_gain"] = statistics.mean(r["gains"]["ffn_norm"])
     shown = {"ffn_norm_gain": "gain of the FFN's norm", "hidden_max": "largest |hidden|",
              "hidden_kurtosis": "excess kurtosis of the hidden state"}
-    yield plot.save(plot.draw_traces(traces, shown, log=shown), assets / "ffn_hidden.png")
+    yield plot.save(draw_traces(traces, shown, log=shown), assets / "ffn_hidden.png")
 
 
 @command

@@ -10,7 +10,7 @@ import socket
 import sys
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["train"])
+context.set_forkserver_preload(["train", "torch._dynamo"])  # hooks need the latter
 
 
 def _child(argv, environment, output):

@@ -1,9 +1,11 @@
-"""data/corpus.py: what is in the shards, token by token; that no end of a process loses or repeats any; its errors."""
+"""data/corpus.py: what is in the shards, token by token; that no end of a process loses or repeats
+any; its errors."""
 
 import gzip
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -19,9 +21,10 @@ import pytest
 import tiktoken
 
 from data import corpus, sources
-from data.bpe import json_from_encoding
+from tools.tokenizer_json import json_from_encoding
 from data.prepare import split_text
-from data.dataset import Dataset, open_shard, tokenizer
+from data.dataset import Dataset, open_shard
+from data.tokenizer import tokenizer
 
 CORPUS = Path(corpus.__file__)
 rng = random.Random(0)
@@ -30,9 +33,10 @@ rng = random.Random(0)
 @pytest.fixture(autouse=True)
 def threads(monkeypatch):
     """Workers as threads: nothing to start. Tests of processes run the script itself."""
-    monkeypatch.setattr(
-        corpus, "worker_pool", lambda n, *args: ThreadPoolExecutor(n, initializer=sources.start_worker, initargs=args)
-    )
+    def pool(processes, *args):
+        return ThreadPoolExecutor(processes, initializer=sources.start_worker, initargs=args)
+
+    monkeypatch.setattr(corpus, "worker_pool", pool)
     monkeypatch.setattr(sources.time, "sleep", lambda seconds: None)
 
 
@@ -49,7 +53,8 @@ def write_text(path, texts):
 def write_parquet(path, texts, column="text", rows=7):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"id": list(range(len(texts))), column: texts}), path, row_group_size=rows)
+    table = pa.table({"id": list(range(len(texts))), column: texts})
+    pq.write_table(table, path, row_group_size=rows)
 
 
 def run(*argv, tok="bytes"):
@@ -83,7 +88,6 @@ def fails(capfd):
     return check
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What is in the shards
 
 
@@ -92,14 +96,16 @@ def test_a_parquet_folder_comes_back_token_by_token(tmp_path):
     write_parquet(tmp_path / "in/a.parquet", [*texts[:20], None, "", " \n"])
     write_parquet(tmp_path / "in/deeper/b.parquet", texts[20:])
     (tmp_path / "in/readme.pdf").write_bytes(b"not read")
-    run("--text", tmp_path / "in", "--out", tmp_path / "out", "--val-every", 10, "--shard-tokens", 500)
+    options = ["--val-every", 10, "--shard-tokens", 500]
+    run("--text", tmp_path / "in", "--out", tmp_path / "out", *options)
     assert read(tmp_path / "out", "val") == texts[::10]
     assert read(tmp_path / "out", "train") == [t for i, t in enumerate(texts) if i % 10]
     sizes = [len(open_shard(p)) for p in sorted((tmp_path / "out").glob("train_*.bin"))]
     assert len(sizes) > 3 and set(sizes[:-1]) == {500} and 0 < sizes[-1] <= 500
     meta = json.loads((tmp_path / "out/meta.json").read_text())
     assert meta["bytes"]["val"] == sum(len(t.encode()) for t in texts[::10])
-    assert meta["tokens"]["val"] == meta["bytes"]["val"] + 5 and meta["tokens"]["train"] == sum(sizes)
+    assert meta["tokens"]["val"] == meta["bytes"]["val"] + 5
+    assert meta["tokens"]["train"] == sum(sizes)
     assert meta["bytes_per_token"] == meta["bytes"]["val"] / meta["tokens"]["val"]
     assert Dataset(tmp_path / "out", "train", 16).n_windows  # what train.py does with it
 
@@ -124,8 +130,8 @@ def bpe(monkeypatch):
     """A byte-pair encoding with GPT-2's pattern, under GPT-2's name: nothing to download."""
     ranks = {bytes([i]): i for i in range(256)} | {b"or": 256, b" w": 257, b" wor": 258, b"  ": 259}
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    special = {"<|endoftext|>": 300}
-    encoding = tiktoken.Encoding("r50k_base", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    encoding = tiktoken.Encoding("r50k_base", pat_str=pattern, mergeable_ranks=ranks,
+                                 special_tokens={"<|endoftext|>": 300})
     monkeypatch.setattr(corpus, "tokenizer_for_shards", lambda name: encoding)
     monkeypatch.setattr(sources, "tokenizer", lambda name: encoding)
     return encoding
@@ -133,10 +139,18 @@ def bpe(monkeypatch):
 
 def test_the_ids_are_tiktokens(tmp_path, bpe):
     texts = [f"words {i} <|endoftext|> within a line is text like any other" for i in range(60)]
-    run("--text", write_text(tmp_path / "a.txt", texts), "--out", tmp_path / "out", "--val-every", 20, tok="r50k_base")
-    for split, part in (("val", texts[::20]), ("train", [t for i, t in enumerate(texts) if i % 20])):
+    write_text(tmp_path / "a.txt", texts)
+    options = ["--out", tmp_path / "out", "--val-every", 20]
+    run("--text", tmp_path / "a.txt", *options, tok="r50k_base")
+    train = [t for i, t in enumerate(texts) if i % 20]
+    for split, part in (("val", texts[::20]), ("train", train)):
         expected = [i for t in part for i in [300, *bpe.encode_ordinary(t)]]
         assert open_shard(tmp_path / f"out/{split}_000000.bin").tolist() == expected
+
+
+def n_tokens(texts):
+    """As bytes, each after a separator."""
+    return sum(1 + len(text.encode()) for text in texts)
 
 
 def deal(documents, weights, val_every):
@@ -155,7 +169,8 @@ def deal(documents, weights, val_every):
 def test_a_weighted_mixture_of_two_folders_token_by_token(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sources, "BLOCK", 300)  # many blocks a file
     monkeypatch.setattr(sources, "ROWS", 3)
-    web, code = [t.strip() for t in made_up(150, "web")], [t.strip() for t in made_up(90, "code", 20)]
+    web = [t.strip() for t in made_up(150, "web")]
+    code = [t.strip() for t in made_up(90, "code", 20)]
     write_parquet(tmp_path / "web/0.parquet", web[:100])
     write_text(tmp_path / "web/1.txt", web[100:])
     write_text(tmp_path / "code/0.txt", code)
@@ -169,8 +184,9 @@ def test_a_weighted_mixture_of_two_folders_token_by_token(tmp_path, capsys, monk
     run("--text", *specs, "--out", tmp_path / "part", "--val-every", 9, "--max-tokens", "4e3")
     stopped = read(tmp_path / "part", "train")
     assert stopped == train[: len(stopped)]
-    assert sum(len(t.encode()) + 1 for t in stopped[:-1]) < 4000 <= sum(len(t.encode()) + 1 for t in stopped)
-    taken = [s["tokens"] for s in json.loads((tmp_path / "part/manifest.json").read_text())["sources"]]
+    assert n_tokens(stopped[:-1]) < 4000 <= n_tokens(stopped)
+    manifest = json.loads((tmp_path / "part/manifest.json").read_text())
+    taken = [source["tokens"] for source in manifest["sources"]]
     assert abs(taken[0] / sum(taken) - 0.7) < 0.03
 
 
@@ -187,21 +203,24 @@ def test_validation_text_ends_at_its_limit_and_begins_with_the_first_document(tm
     run("--text", path, "--out", tmp_path / "out", "--val-every", 2, "--val-tokens", 300)
     val = read(tmp_path / "out", "val")
     assert val == texts[: 2 * len(val) : 2]
-    assert sum(len(t.encode()) + 1 for t in val[:-1]) < 300 <= sum(len(t.encode()) + 1 for t in val)
+    assert n_tokens(val[:-1]) < 300 <= n_tokens(val)
     assert read(tmp_path / "out", "train") == [t for t in texts if t not in val]
 
 
 def test_blocks_of_any_size_give_the_documents_of_prepare(tmp_path, monkeypatch):
-    pieces = ["<|endoftext|>", "<|endoftext|> \r", " <|endoftext|>", "<|endoftext|>x", "é", "", "ab c", "\u4e2d"]
+    pieces = ["<|endoftext|>", "<|endoftext|> \r", " <|endoftext|>", "<|endoftext|>x", "é", "",
+              "ab c", "\u4e2d"]
     for trial in range(200):
         text = "\n".join(rng.choices(pieces, k=rng.randint(1, 40))) + rng.choice(["", "\n"])
         (tmp_path / "a.txt").write_bytes(text.encode())
-        expected = [p.strip() for p in sources.re.split(r"(?m)^<\|endoftext\|>\s*$", text) if p.strip()]
-        longest = max([len(p.encode()) for p in sources.re.split(r"(?m)^<\|endoftext\|>\s*$", text)]) + 20
+        parts = re.split(r"(?m)^<\|endoftext\|>\s*$", text)
+        expected = [part.strip() for part in parts if part.strip()]
+        longest = max(len(part.encode()) for part in parts) + 20
         for size in (longest, longest + trial % 7, 2**20):
             monkeypatch.setattr(sources, "BLOCK", size)
             blocks = list(sources.read_blocks(tmp_path / "a.txt", "text"))
-            assert [d for p, b in blocks for d in sources.documents("a.txt", p, b, "text")] == expected
+            found = [sources.documents("a.txt", *block, "text") for block in blocks]
+            assert sum(found, []) == expected
     assert split_text("a\n<|endoftext|>\nb") == (["a"], ["b"])
 
 
@@ -212,7 +231,7 @@ def test_a_huge_text_without_separators_streams_and_loses_nothing(tmp_path, unit
     for offset, block in sources.read_blocks(tmp_path / "a.txt", "text"):
         assert offset == rest
         rest, longest, n = rest + len(block), max(longest, len(block)), n + 1
-        assert len(sources.documents("a.txt", offset, block, "text")) == 1  # decodes: no character is cut
+        assert len(sources.documents("a.txt", offset, block, "text")) == 1  # cuts no character
     assert rest == (tmp_path / "a.txt").stat().st_size and longest <= 2 * sources.BLOCK and n >= 5
 
 
@@ -236,24 +255,26 @@ def test_a_tokenizer_file_is_kept_with_the_data(tmp_path, fails):
     assert json.loads((tmp_path / "out/meta.json").read_text())["tokenizer"] == "tokenizer.json"
     ours, expected = (open_shard(tmp_path / name / "train_000000.bin") for name in ("out", "bytes"))
     encoding = tokenizer(str(tmp_path / "out/tokenizer.json"))  # its ids are in another order
-    assert encoding.decode_bytes(ours.tolist()) == tokenizer("bytes").decode_bytes(expected.tolist())
+    assert encoding.decode(ours.tolist()) == tokenizer("bytes").decode(expected.tolist())
     (tmp_path / "out/meta.json").unlink()
     options = ["--out", tmp_path / "out", "--val-every", 5]  # but now in bytes
-    fails(["--text", tmp_path / "a.txt", *options], "another --tokenizer: a tokenizer.json with other contents;")
+    fails(["--text", tmp_path / "a.txt", *options],
+          "another --tokenizer: a tokenizer.json with other contents;")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Interrupted and continued
 
 
 @pytest.fixture
 def mixture(tmp_path, monkeypatch):
-    """(options of a mixture of several files and blocks, the bytes that an uninterrupted run makes)."""
+    """(options of a mixture of several files and blocks, what an uninterrupted run writes)."""
     monkeypatch.setattr(sources, "BLOCK", 400)
     write_text(tmp_path / "web/0.txt", made_up(20, "web"))
-    (tmp_path / "web/1.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in made_up(20, "web")))
+    lines = [json.dumps({"text": text}) + "\n" for text in made_up(20, "web")]
+    (tmp_path / "web/1.jsonl").write_text("".join(lines))
     write_text(tmp_path / "code.txt", made_up(25, "code", 20))
-    argv = ["--text", f"{tmp_path}/web=2", f"{tmp_path}/code.txt=1", "--val-every", 6, "--shard-tokens", 700]
+    argv = ["--text", f"{tmp_path}/web=2", f"{tmp_path}/code.txt=1", "--val-every", 6,
+            "--shard-tokens", 700]
     run(*argv, "--out", tmp_path / "whole")
     return argv, contents(tmp_path / "whole")
 
@@ -281,7 +302,8 @@ def test_a_crash_at_any_moment_is_continued_to_identical_bytes(mixture, tmp_path
         monkeypatch.setattr(module, name, operation)
 
     countdown = 10**9
-    for operation in ((corpus, "write_shard"), (os, "replace"), (Path, "unlink"), (corpus, "write_whole")):
+    for operation in ((corpus, "write_shard"), (os, "replace"), (Path, "unlink"),
+                      (corpus, "write_text")):
         before(*operation)
     for n in (*range(1, 60, 2), 97, 151, 202):
         countdown, out = n, tmp_path / f"out{n}"
@@ -309,14 +331,16 @@ corpus.COMMIT_SECONDS, sources.BLOCK = {commit_seconds}, 4096
 if __name__ == "__main__":
     corpus.main({[str(a) for a in argv] + ["--tokenizer", "bytes"]!r})
 """
-    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE,
+                            stdout=subprocess.PIPE, text=True)
 
 
 def wait_for_tokens(out, process, n):
     while True:
         assert process.poll() is None, process.stderr.read()
         if (out / "manifest.json").exists():
-            tokens = sum(s["tokens"] for s in json.loads((out / "manifest.json").read_text())["splits"].values())
+            splits = json.loads((out / "manifest.json").read_text())["splits"]
+            tokens = sum(split["tokens"] for split in splits.values())
             if tokens >= n:
                 return tokens
         time.sleep(0.005)
@@ -326,14 +350,15 @@ def test_processes_that_are_killed_and_stopped_continue_to_identical_bytes(tmp_p
     monkeypatch.undo()  # real sleep
     write_text(tmp_path / "a.txt", made_up(3000))
     argv = ["--text", tmp_path / "a.txt", "--shard-tokens", 40_000]
-    command = [sys.executable, CORPUS, *map(str, argv), "--tokenizer", "bytes", "--out", tmp_path / "whole"]
+    command = [sys.executable, CORPUS, *map(str, argv), "--tokenizer", "bytes",
+               "--out", tmp_path / "whole"]
     done = subprocess.run([*command, "--processes", "1"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
     process = script(*argv, "--out", out, "--processes", 2)
     killed_at = wait_for_tokens(out, process, 50_000)
     process.kill()
-    process.communicate()  # returns when the workers have ended too: they hold the other end of the pipe
+    process.communicate()  # returns when the workers have ended too, which hold its pipe
     with pytest.raises(ValueError, match="unfinished"):
         Dataset(out, "train", 16)
     process = script(*argv, "--out", out, "--processes", 3)
@@ -385,7 +410,8 @@ def test_another_command_does_not_continue(mixture, tmp_path, monkeypatch, fails
     (out / "meta.json").unlink()
     fails([*argv[:-1], 800, "--out", out], "--shard-tokens", "700")
     fails([*argv, "--out", out, "--key", "body"], "--key", "text")
-    fails([argv[0], argv[1][:-1] + "3", *argv[2:], "--out", out], "other files or weights", f"{tmp_path}/web=2.0")
+    fails([argv[0], argv[1][:-1] + "3", *argv[2:], "--out", out], "other files or weights",
+          f"{tmp_path}/web=2.0")
     with corpus.locked(out):
         fails([*argv, "--out", out], "another process")
     (out / "train_000001.bin").write_bytes(b"short")
@@ -395,7 +421,8 @@ def test_another_command_does_not_continue(mixture, tmp_path, monkeypatch, fails
     assert contents(out) == whole
 
 
-def test_what_another_process_finishes_meanwhile_is_not_touched(mixture, tmp_path, monkeypatch, fails):
+def test_what_another_process_finishes_meanwhile_is_not_touched(mixture, tmp_path, monkeypatch,
+                                                                fails):
     """Two commands begin together; the one that gets the lock late fails, and deletes nothing."""
     argv, whole = mixture
     lock = corpus.locked
@@ -421,7 +448,8 @@ def test_a_failure_hides_no_error_and_leaves_a_folder_that_was_there(tmp_path, f
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("damage", ["", "{}", "[]", "3", "{", "begun_with", "splits", "sources", "revisions"])
+@pytest.mark.parametrize("damage", ["", "{}", "[]", "3", "{", "begun_with", "splits", "sources",
+                                    "revisions"])
 def test_a_damaged_manifest_is_one_line(mixture, tmp_path, fails, damage):
     argv, _ = mixture
     out = tmp_path / "whole"
@@ -445,7 +473,7 @@ def test_a_manifest_cannot_name_files_elsewhere(mixture, tmp_path, fails):
     assert mine.stat().st_size == 9999
 
 
-def test_bad_content_does_not_promise_that_the_same_command_continues(tmp_path, monkeypatch, fails, capfd):
+def test_bad_content_does_not_promise_that_the_same_command_continues(tmp_path, monkeypatch, fails):
     monkeypatch.setattr(corpus, "COMMIT_SECONDS", 0)
     good = write_text(tmp_path / "good.txt", made_up(40))
     (tmp_path / "bad.jsonl").write_text("broken")
@@ -458,23 +486,25 @@ def test_a_full_disk_is_named(mixture, tmp_path, monkeypatch, fails):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(corpus, "write_whole", full)
+    monkeypatch.setattr(corpus, "write_text", full)
     fails([*mixture[0], "--out", tmp_path / "out"], f"{tmp_path}/out: No space left")
     assert not (tmp_path / "out").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What can be wrong
 
 
-def test_files_that_cannot_be_read_are_named(tmp_path, fails):
+def test_files_that_cannot_be_read_are_named(tmp_path, fails, monkeypatch):
+    # A slow machine would commit what came before the error
+    monkeypatch.setattr(corpus, "COMMIT_SECONDS", 600)
     good = write_text(tmp_path / "good.txt", made_up(20))
 
     def refuses(name, content, *words, options=()):
         path = tmp_path / name
         if content is not None:
             path.write_bytes(content)
-        fails(["--text", good, path, "--out", tmp_path / "out", "--val-every", 5, *options], name, *words)
+        argv = ["--text", good, path, "--out", tmp_path / "out", "--val-every", 5, *options]
+        fails(argv, name, *words)
         assert not (tmp_path / "out").exists()
 
     row = b'{"text": "some"}\n'
@@ -509,7 +539,8 @@ def test_nothing_to_read(tmp_path, fails):
         assert not (tmp_path / "out").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/file").write_text("mine")
-    fails(["--text", write_text(tmp_path / "a.txt", made_up(9)), "--out", tmp_path / "mine"], "no unfinished corpus")
+    text = write_text(tmp_path / "a.txt", made_up(9))
+    fails(["--text", text, "--out", tmp_path / "mine"], "no unfinished corpus")
     assert contents(tmp_path / "mine") == {"file": b"mine"}
 
 
@@ -520,19 +551,20 @@ def test_bad_options(tmp_path, fails):
     for wrong in ("x", "0", "-1", "nan", "inf"):
         fails(["--text", f"a={wrong}", *out], wrong, code=2)
     for wrong in ("0", "x", "-3"):
-        fails(["--text", "a", "--max-tokens", wrong, *out], "--max-tokens", "whole number, like 100e9", code=2)
+        fails(["--text", "a", "--max-tokens", wrong, *out], "--max-tokens",
+              "whole number, like 100e9", code=2)
     fails(["--text", "a", "--max-tokens", "inf", *out], "--max-tokens", code=2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The hub, replaced at the two functions that we call
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A dataset with two folders on a hub that often fails. `hub.log` lists the files that were downloaded."""
+    """A dataset with two folders on a hub that often fails. `hub.log` lists what was downloaded."""
     module = pytest.importorskip("huggingface_hub")
-    store, state = tmp_path / "store", SimpleNamespace(log=[], fail=0, revisions=[], on_download=lambda name: None)
+    store = tmp_path / "store"
+    state = SimpleNamespace(log=[], fail=0, revisions=[], on_download=lambda name: None)
     state.texts = made_up(60, "hub")
     for i in range(3):
         write_parquet(store / f"web/train-{i}.parquet", state.texts[20 * i : 20 * i + 20])
@@ -565,10 +597,11 @@ def hub(tmp_path, monkeypatch):
 
 def test_a_folder_of_the_hub_is_read_file_by_file_and_leaves_no_downloads(hub, tmp_path):
     hub.fail = 3
-    kept = []
-    hub.on_download = lambda name: kept.append([p.name for p in (tmp_path / "out").rglob("*.parquet")])
+    leftovers = []
+    hub.on_download = lambda name: leftovers.append(list((tmp_path / "out").rglob("*.parquet")))
     run("--hub", "some/corpus:web", "--out", tmp_path / "out", "--val-every", 10)
-    assert hub.log == [f"web/train-{i}.parquet" for i in range(3)] and kept == [[], [], []]
+    assert hub.log == [f"web/train-{i}.parquet" for i in range(3)]
+    assert leftovers == [[], [], []]
     assert read(tmp_path / "out", "train") == [t for i, t in enumerate(hub.texts) if i % 10]
     assert {p.suffix for p in (tmp_path / "out").iterdir()} == {".bin", ".json"}
 
@@ -583,9 +616,11 @@ def test_an_interrupted_download_continues_at_the_same_revision(hub, tmp_path, m
             raise ConnectionError("no route to host")
 
     hub.on_download = no_network
-    argv = ["--hub", "some/corpus:web=1", "--out", tmp_path / "out", "--val-every", 10, "--processes", 1]
+    argv = ["--hub", "some/corpus:web=1", "--out", tmp_path / "out", "--val-every", 10,
+            "--processes", 1]
     start = sources.Source.start
-    monkeypatch.setattr(sources.Source, "start", lambda s, pool, ahead, d: start(s, pool, 1, d))  # reads little ahead
+    monkeypatch.setattr(  # it reads little ahead
+        sources.Source, "start", lambda s, pool, ahead, d: start(s, pool, 1, d))
     fails(argv, "web/train-2.parquet", "no route to host", "continues")
     hub.on_download = lambda name: None
     hub.log.clear(), hub.revisions.clear()
@@ -601,11 +636,13 @@ def test_a_hub_that_does_not_answer_or_has_no_such_folder(hub, tmp_path, monkeyp
     fails(["--hub", "some/corpus:web", "--out", tmp_path / "out"], "reset by peer")
     assert not (tmp_path / "out").exists()
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    fails(["--hub", "some/corpus", "--out", tmp_path / "out"], "huggingface_hub", "requirements-extra.txt")
+    fails(["--hub", "some/corpus", "--out", tmp_path / "out"], "huggingface_hub",
+          "requirements-extra.txt")
 
 
 def test_without_pyarrow_one_line_says_what_to_install(tmp_path, monkeypatch, fails):
     write_parquet(tmp_path / "a.parquet", made_up(5))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    fails(["--text", tmp_path / "a.parquet", "--out", tmp_path / "out"], "a.parquet needs pyarrow: pip install")
+    fails(["--text", tmp_path / "a.parquet", "--out", tmp_path / "out"],
+          "a.parquet needs pyarrow: pip install")
     assert not (tmp_path / "out").exists()

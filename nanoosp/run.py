@@ -1,0 +1,260 @@
+"""A run and its directory: config.json (the options), log.jsonl (a JSON object a line), ckpt.pt.
+
+Options that the run remembers are all but those marked `launch=True` in their field. Those marked
+`may_change=True` may differ when the run is resumed.
+"""
+
+import itertools
+import json
+import math
+import os
+import shlex
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from model import Config, Transformer
+from nanoosp.files import read_archive, save_archive, write_text
+from nanoosp.options import check_ranges, fail, flag, option
+
+try:
+    import fcntl  # not on Windows
+except ImportError:
+    fcntl = None
+
+ROOT = Path(__file__).resolve().parent.parent
+LAST_GOOD = "the run's checkpoint is the last good state. Try a lower --lr"
+OPTIMIZERS = {"adam": "Adam", "muon": "Muon", "muon-only": "Muon-only"}
+
+
+def label(options: dict) -> str:
+    """The name of a configuration: "Adam", "Muon + SSNorm", "OSP"; "LLaMA" for a model from elsewhere."""
+    if "imported" in options:
+        return "LLaMA"
+    parts = [OPTIMIZERS[options["optimizer"]]]
+    parts += ["SSNorm"] * (options["norm"] == "ss") + ["EmbProj"] * bool(options["embproj"])
+    return "OSP" if parts == ["Muon", "SSNorm", "EmbProj"] else " + ".join(parts)
+
+
+def slug(options: dict) -> str:
+    """The same for a directory's name: "adam", "muon-ssnorm", "osp"."""
+    return label(options).lower().replace(" + ", "-")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Options
+
+
+@dataclass
+class RunOptions:
+    """How a run is kept and computed. train.py's own options say what is trained."""
+
+    out: str = option(None, "the run's directory (default: a new one under runs/)", launch=True,
+                      group="the run")
+    resume: str = option(None, "go on with a run, with its options; with more --steps the rate climbs "
+                         "again", launch=True, metavar="DIR")
+    eval_every: int = option(None, "steps between evaluations (default: a tenth of --steps; small 200, "
+                             "1.4b 250)", may_change=True)
+    save_every: int = option(None, "steps between checkpoints (default: a quarter of --steps; small "
+                             "200, 1.4b 250)", may_change=True)
+    device: str = option(None, "default: the first of these that is there", may_change=True,
+                         choices=["cuda", "mps", "cpu"])
+    dtype: str = option(None, "of matrix products; weights stay float32 (default: bfloat16 on CUDA)",
+                        choices=["float32", "bfloat16"])
+    compile: bool = option(None, "torch.compile: slower start, faster steps (default: on CUDA only)",
+                           may_change=True)
+    recompute: bool = option(None, "for small GPUs: keep no activations of blocks, compute them again "
+                             "in backward (a quarter slower)", may_change=True)
+    json: bool = option(False, "the summary as one JSON line on stdout, everything else on stderr",
+                        launch=True)
+
+    ablation: bool = option(False, "train the six rows of the paper's Table 2, tabulate and draw them",
+                            launch=True, group="instead of one run")
+    full: bool = option(False, "with --ablation: all 12 combinations, also those the paper lacks",
+                        launch=True)
+    seeds: int = option(None, "with --ablation: as many runs of each row, --seed and the next ones "
+                        "(default: 1)", launch=True)
+    gpus: int = option(None, "with --ablation: train as many rows side by side, one a GPU", launch=True)
+    dry_run: bool = option(False, "say what would be trained (parameters, memory, tokens) and stop",
+                           launch=True)
+    bench: bool = option(False, "only measure: --steps steps (default: 10) on random tokens (--data "
+                         "random), nothing evaluated or saved", launch=True)
+
+
+def remembered(opt) -> dict:
+    return {f.name: getattr(opt, f.name) for f in fields(opt) if not f.metadata.get("launch")}
+
+
+def resume(opt) -> dict:
+    """The checkpoint of opt.resume. Its run's options go into `opt`. Ends the program if others
+    are asked for that cannot change."""
+    if opt.bench:
+        fail("--bench measures a fresh model; leave out --resume")
+    if opt.out:
+        fail("--resume goes on in the run's own directory; leave out --out")
+    state = load_checkpoint(opt.resume)
+    opt.out = str(Path(opt.resume).parent if Path(opt.resume).is_file() else opt.resume)
+    may_change = {f.name for f in fields(opt) if f.metadata.get("may_change")}
+    for name, saved in state["options"].items():
+        given = getattr(opt, name, None)
+        if given not in (None, saved) and name not in may_change:
+            fail(f"{flag(name)} {given}: {opt.resume} was started with {saved} and keeps it")
+        setattr(opt, name, saved if given is None else given)
+    return state
+
+
+def micro_batch_size(opt, preset: dict, world: int) -> int:
+    """Sequences that one rank computes at once: as asked, or the preset's, or all of its share."""
+    share = opt.batch_size // world
+    return opt.micro_batch_size or math.gcd(share, preset.get("micro", share))
+
+
+def check_options(opt, preset: dict, step: int):
+    """End the program at the first options that do not go together. `step`: that of --resume."""
+    check_ranges(opt)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if opt.warmup + opt.cooldown > opt.steps:
+        fail(f"--warmup {opt.warmup} and --cooldown {opt.cooldown} do not fit into --steps {opt.steps}")
+    if opt.batch_size % world:
+        fail(f"--batch-size {opt.batch_size} is not divisible by {world} ranks")
+    rows, micro = opt.batch_size // world, micro_batch_size(opt, preset, world)
+    if rows % micro:
+        fail(f"--batch-size {opt.batch_size} over {world} rank(s) is {rows} sequences each, not "
+             f"divisible by --micro-batch-size {micro}")
+    if opt.data == "random" and not opt.bench:
+        fail("--data random teaches nothing: it is for --bench")
+    if (opt.full or opt.gpus or opt.seeds is not None) and not opt.ablation:
+        fail("--full, --gpus and --seeds are for --ablation")
+    if opt.data is None and not opt.dry_run:
+        fail(f"--preset {opt.preset} is for real text: name a dataset with --data (see "
+             "data/prepare.py --help)")
+    if opt.resume and step >= opt.steps:
+        fail(f"{opt.resume} has done all its {step} steps; to train on, give a larger --steps")
+    if opt.data is not None and Path(opt.data).exists():
+        opt.data = str(Path(opt.data).resolve())  # so that --resume finds it from anywhere
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def load_checkpoint(path) -> dict:
+    """Read what Run.save wrote. `path` is the file or its run directory.
+
+    Raises what read_archive does, and ValueError for a foreign file.
+    """
+    path = Path(path)
+    path = path / "ckpt.pt" if path.is_dir() else path
+    return check_checkpoint(read_archive(path), path)
+
+
+def check_checkpoint(state, path) -> dict:
+    """`state` as it is. Raises ValueError, naming `path`, unless it is what Run.save writes."""
+    kinds = {"step": int, "config": dict, "model": dict, "optimizers": list, "options": dict, "data": dict}
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+        if isinstance(state, dict) and "packing" in state:
+            raise ValueError(f"{path} is a quantized model (quantize.py made it): only eval.py reads these")
+        raise ValueError(f"{path} is a torch file, but not a checkpoint of train.py")
+    return state
+
+
+def model_from_checkpoint(state: dict, device="cpu") -> Transformer:
+    """The model of a checkpoint, in the precision it was saved in."""
+    unknown = set(state["config"]) - {field.name for field in fields(Config)}
+    if unknown:
+        raise ValueError(f"the checkpoint's config has unknown entries {sorted(unknown)}: made by a newer version?")
+    return Transformer.from_weights(Config(**state["config"]), state["model"]).to(device)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The directory
+
+
+class Run:
+    """The run's directory. Only rank 0 writes."""
+
+    def __init__(self, opt, ranks):
+        self.ranks, self.options = ranks, remembered(opt)
+        self.path = Path(opt.out or "")
+        if not ranks.first:
+            return
+        self.path = Path(opt.out) if opt.out else new_directory(opt)
+        self.path.mkdir(parents=True, exist_ok=True)
+        found = [name for name in ("ckpt.pt", "log.jsonl", "config.json") if (self.path / name).exists()]
+        if found and not opt.resume:
+            raise FileExistsError(f"{self.path} holds {', '.join(found)}: to go on with a run, "
+                                  f"--resume {self.path}; for a new one, another --out")
+
+    def open_log(self, start: int):
+        """Claim the log for this process. Cut off what it says of steps after `start`: they will be
+        done again."""
+        if not self.ranks.first:
+            return
+        self.log_file = open(self.path / "log.jsonl", "a+b")
+        if fcntl:
+            try:
+                fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise OSError(f"{self.path} is in use by another process") from error
+        self.log_file.seek(0)
+        end = valid_end = 0
+        for line in self.log_file:
+            end += len(line)
+            try:
+                if json.loads(line)["step"] <= start and start > 0:
+                    valid_end = end
+            except (ValueError, TypeError, KeyError):  # a line torn by a crash
+                pass
+        self.log_file.truncate(valid_end)
+        write_text(self.path / "config.json", json.dumps(self.options, indent=2) + "\n")
+
+    def log(self, **record):
+        if self.ranks.first:
+            self.log_file.write(json.dumps(record).encode() + b"\n")
+            self.log_file.flush()
+
+    def save(self, step: int, model, optimizers, data):
+        """Write the checkpoint, whole or not at all. All ranks must call this, since each has a share
+        of Muon's momentum. Raises ArithmeticError for weights that are not finite."""
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise ArithmeticError(f"step {step} made weights that are not finite; {LAST_GOOD}")
+        state = dict(step=step, config=asdict(model.config), model=model.state_dict(),
+                     optimizers=[optimizer.state_dict() for optimizer in optimizers],
+                     options=self.options, data=data.meta)
+        if self.ranks.first:
+            save_archive(state, self.path / "ckpt.pt")
+
+    def check_finite(self, description: str, value: float):
+        """Raises ArithmeticError if `value` is not a finite number."""
+        if not math.isfinite(value):
+            raise ArithmeticError(f"{description}: stopped before anything was saved; {LAST_GOOD}")
+
+    def resume_command(self) -> str:
+        per_node = os.environ.get("LOCAL_WORLD_SIZE", self.ranks.world)
+        launcher = f"torchrun --nproc-per-node {per_node}" if self.ranks.world > 1 else "python"
+        path = shlex.quote(os.path.relpath(self.path))
+        return f"{launcher} {shlex.quote(sys.argv[0])} --resume {path}"
+
+
+def new_directory(opt) -> Path:
+    """Makes runs/<data>-<preset>-<configuration>, with a number behind it if that is taken."""
+    name = "-".join([Path(opt.data).name, opt.preset, slug(vars(opt))])
+    for suffix in itertools.chain([""], (f"-{i}" for i in itertools.count(2))):
+        try:
+            (ROOT / "runs" / (name + suffix)).mkdir(parents=True)
+            return ROOT / "runs" / (name + suffix)
+        except FileExistsError:  # another run's, perhaps made a moment ago
+            continue
+
+
+def restore(state: dict, model, optimizers, data):
+    """Put a checkpoint into a fresh model and its optimizers. Raises ValueError if they differ."""
+    if state["data"] != data.meta:
+        raise ValueError(f"{data.directory} is other data than this run was trained on (tokenizer, size or source)")
+    try:
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"the checkpoint does not fit this model: {reason}") from error

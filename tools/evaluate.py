@@ -1,0 +1,262 @@
+"""python eval.py TARGET... measures models, or lets them write. Its help is eval.py's docstring."""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import eval as evaluation
+from data.tokenizer import encode
+from eval import (
+    attention_sinks,
+    evaluate,
+    generate,
+    kurtosis_as_published,
+    mean_loss,
+    perplexity,
+)
+from nanoosp.machine import peak_memory_gib, pick_device
+from nanoosp.options import command, fail, flag, option, parse
+from quantize import METHODS, Recipe, quantize
+from tools.export import RecipeOptions
+from tools.loading import Loaded, load
+from tools.report import all_scores, comparison, describe, describe_tasks, quantized_table
+from tools.tasks import read_tasks, score_tasks
+
+# The paper's Figure 4: first the weights alone, then the activations alone.
+SWEEP = [f"{w}-16-16" for w in range(8, 2, -1)] + [f"16-{a}-16" for a in range(8, 3, -1)]
+
+
+@dataclass
+class Options(RecipeOptions):
+    targets: Path = option(None, "a run directory, a checkpoint, a quantized file or a Hugging "
+                           "Face LLaMA directory", positional=True, many=True, metavar="TARGET",
+                           required=True)
+    text: Path = option(None, "measure on this text instead of the run's validation split",
+                        group="measuring", metavar="FILE")
+    tasks: Path = option(None, "score on these task files, or folders of them, made by python "
+                         "data/benchmarks.py; no text is measured then, unless --text names one",
+                         many=True, metavar="PATH")
+    seq_len: int = option(None, "with --text: tokens a block (default: the length the model was "
+                          "trained on)", low=3)
+    as_published: bool = option(False, "also the kurtosis of the paper's script (tokens without "
+                                "context)")
+    batch_size: int = option(None, "sequences at once; changes speed and memory, not results")
+    plot: Path = option(None, "write figures there (pip install -r requirements-extra.txt)",
+                        metavar="DIR")
+
+    bits: str = option(None, "also the loss with these bits of weights, activations, and keys and "
+                       "values: each 2 to 8 or 16, as 4-4-4 or 16-16-16,4-8-16,4-8-8,4-4-16,4-4-4",
+                       group="quantizing", metavar="W-A-KV,...")
+    sweep: bool = option(False, "for --bits: weights of 8 to 3 bits, then activations of 8 to 4, "
+                         "the rest left alone (the paper's Figure 4; --plot draws it)")
+    methods: str = option(None, f"with --bits: some of {','.join(METHODS)} (default: rtn,had)")
+    calib: Path = option(None, "with --bits: text to calibrate on (default: the training split)",
+                         metavar="FILE")
+    int4: bool = option(False, "compute with the packed weights of a four-bit file (CUDA; not "
+                        "bit-equal)")
+
+    prompt: str = option(None, "let the model continue this text instead of measuring it",
+                         group="writing")
+    tokens: int = option(400, "how many tokens to write (default: 400)")
+    temperature: float = option(0.8, "0 is greedy, 1 samples as trained (default: 0.8)", low=0)
+    top_k: int = option(None, "draw from the k likeliest tokens only")
+    seed: int = option(0, "another seed draws another text", low=0, high=2**63)
+
+    device: str = option(None, "default: the first of these that is there", group="the machine",
+                         choices=["cuda", "mps", "cpu"])
+    dtype: str = option(None, "of matrix products (default: bfloat16 on CUDA)",
+                        choices=["float32", "bfloat16"])
+    json: bool = option(False, "one JSON list on stdout, everything else on stderr")
+
+
+@command
+def main(argv=None):
+    opt = parse(Options, evaluation.__doc__, argv)
+    recipes = check(opt)
+    opt.device = pick_device(opt.device)
+    opt.dtype = opt.dtype or ("bfloat16" if opt.device == "cuda" else "float32")
+    for path in opt.targets:
+        if not path.exists():
+            raise FileNotFoundError(f"there is nothing at {path}")
+    if opt.prompt is not None:
+        rows = [write(load_target(path, opt), opt) for path in opt.targets]
+    else:
+        rows = measure_all(opt, recipes)
+    if opt.json:
+        rows = json.loads(json.dumps(rows), parse_constant=lambda name: None)  # JSON has no NaN
+        print(json.dumps(rows))
+    elif opt.prompt is None:
+        print(report(rows, opt), end="")
+
+
+def check(opt) -> list[Recipe]:
+    """The recipes that are asked for. Ends the program at the first option that cannot be, or that
+    would do nothing."""
+    for name in ("text", "tasks", "as_published", "plot", "bits", "sweep"):
+        if opt.prompt is not None and getattr(opt, name):
+            fail(f"--prompt writes instead of measuring: leave out {flag(name)}")
+    if opt.seq_len and not opt.text:
+        fail("--seq-len goes with --text; a run's own validation text is cut as in its training")
+    if opt.tasks and not opt.text and (opt.plot or opt.as_published):
+        fail("--tasks measures no text: with --plot or --as-published, name one with --text")
+    if opt.sweep and opt.bits:
+        fail("--sweep chooses the bits itself: leave out --bits")
+    for name in ("methods", "calib", "no_clip", "w_group", "symmetric", "center_embed"):
+        if getattr(opt, name) and not (opt.bits or opt.sweep):
+            fail(f"{flag(name)} is for quantizing: say how, with --bits 4-4-4")
+    settings = opt.bits.split(",") if opt.bits else SWEEP * opt.sweep
+    methods = (opt.methods or "rtn,had").split(",")
+    for method in methods:
+        if method not in METHODS:
+            fail(f"--methods {method!r}: use some of {','.join(METHODS)}")
+    try:
+        recipes = [opt.recipe(bits, method) for bits in settings for method in methods]
+    except ValueError as error:
+        fail(f"--bits: {error}")
+    if opt.center_embed and not any(recipe.center_embed for recipe in recipes):
+        fail("--center-embed is for --methods quarot and spinquant")
+    return recipes
+
+
+def load_target(path: Path, opt) -> Loaded:
+    loaded = load(path, opt.device, opt.int4)
+    loaded.model.compute_dtype = getattr(torch, opt.dtype)
+    return loaded
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write(loaded: Loaded, opt) -> dict:
+    """A row with the text that continues opt.prompt. Unless --json, it is printed as it comes."""
+    if opt.dtype == "bfloat16":
+        loaded.model.bfloat16()  # most of the time goes into reading weights
+    encoding, prompt = loaded.encoding, encode(loaded.encoding, opt.prompt).tolist()
+    ids, n_printed, began = list(prompt), 0, time.perf_counter()
+    for token in generate(loaded.model, prompt, opt.tokens, loaded.seq_len, opt.temperature,
+                          opt.top_k, opt.seed, n_vocab=encoding.n_vocab):
+        ids.append(token)
+        text = encoding.decode(ids)
+        if not opt.json and not text.endswith("\ufffd"):  # half of a character: wait for the rest
+            print(text[n_printed:], end="", flush=True)
+            n_printed = len(text)
+    seconds = time.perf_counter() - began
+    if not opt.json:
+        print(flush=True)
+        print(f"{opt.tokens} tokens at {opt.tokens / seconds:,.1f} tokens/s, peak memory "
+              f"{peak_memory_gib(opt.device):.2f} GiB", file=sys.stderr)
+    return dict(target=loaded.name, text=encoding.decode(ids))
+
+
+# --------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def measure_all(opt, recipes: list[Recipe]) -> list[dict]:
+    """A row for every target. Each is described as soon as it is measured."""
+    if opt.plot:
+        from tools import plot  # fails before the work, not after it
+
+        opt.plot.mkdir(parents=True, exist_ok=True)
+    tasks = read_tasks(opt.tasks) if opt.tasks else []
+    rows, pictures = [], []
+    for path in opt.targets:
+        loaded = load_target(path, opt)
+        dataset = dataset_of(loaded, opt)
+        rows.append(measure_target(loaded, dataset, tasks, recipes, opt))
+        if opt.plot:
+            pictures.append(plot.Picture.of(loaded, rows[-1], dataset))
+    if opt.plot:
+        for path in plot.draw_all(pictures, opt.plot):
+            print(f"wrote {path}", file=sys.stderr)
+    return rows
+
+
+def dataset_of(loaded: Loaded, opt):
+    """What the loss is measured on: --text, or the validation split; None for tasks alone."""
+    if opt.text:
+        return loaded.text_blocks(opt.text, opt.seq_len or loaded.seq_len)
+    return None if opt.tasks else loaded.dataset()
+
+
+def measure_target(loaded: Loaded, dataset, tasks: list, recipes: list[Recipe], opt) -> dict:
+    """All that is asked for of one target, as a row."""
+    out = sys.stderr if opt.json else sys.stdout
+    calibrations = calibrate(loaded, recipes, opt.calib)  # may fail: not after hours of measuring
+    row = dict(target=loaded.name, label=loaded.label)
+    if dataset is not None:
+        row = measure(loaded, dataset, opt.batch_size, opt.as_published)
+        print(describe(loaded, row), end="\n\n", file=out, flush=True)
+    if tasks:
+        row |= measure_tasks(loaded, loaded.model, tasks, opt.batch_size)
+        title = f"{loaded.name} ({loaded.label})"
+        print(describe_tasks(title, row), end="\n\n", file=out, flush=True)
+    if recipes:
+        row["quantized"] = measure_quantized(loaded, dataset, opt.batch_size, row.get("val_loss"),
+                                             recipes, calibrations, tasks)
+    return row
+
+
+def measure(loaded: Loaded, dataset, batch_size=None, as_published=False) -> dict:
+    """Everything that eval.py measures on text. `batch_size` None: what fits on small machines."""
+    model, began = loaded.model, time.perf_counter()
+    result = evaluate(model, dataset, batch_size=batch_size, everywhere=True)
+    result["tokens_per_s"] = result["tokens"] / (time.perf_counter() - began)
+    result["peak_memory_gib"] = peak_memory_gib(str(next(model.parameters()).device))
+    if as_published:
+        result |= kurtosis_as_published(model, dataset)
+    sinks = attention_sinks(model, dataset)
+    return dict(target=loaded.name, label=loaded.label, **result, sinks=sinks)
+
+
+def measure_tasks(loaded: Loaded, model, tasks: list, batch_size=None) -> dict:
+    """Scores of `model`, which is loaded.model or a quantized copy of it."""
+    seq_len = loaded.seq_len
+    batch_size = batch_size or max(1, 4096 // seq_len)
+    return score_tasks(model, loaded.encoding, tasks, seq_len, batch_size)
+
+
+def calibrate(loaded: Loaded, recipes: list[Recipe], file=None) -> dict:
+    """What each recipe calibrates on. Raises ValueError if the target cannot be quantized so."""
+    if recipes and loaded.recipe:
+        raise ValueError(f"{loaded.path} is quantized already: start from the model that was "
+                         "trained")
+    windows = {}  # those of a method do not depend on its bits: a text is tokenized once
+    for recipe in recipes:
+        if (recipe.method, recipe.calibrates) not in windows:
+            windows[recipe.method, recipe.calibrates] = loaded.calibration(recipe, file)
+    return {recipe: windows[recipe.method, recipe.calibrates] for recipe in recipes}
+
+
+def measure_quantized(loaded: Loaded, dataset, batch_size, exact_loss, recipes: list[Recipe],
+                      calibrations: dict, tasks=()) -> dict:
+    """Bits -> method -> what is measured of the quantized model: on `dataset`, unless that is None,
+    its loss, and how much more that is than `exact_loss`; its scores on `tasks`."""
+    results = {}
+    for recipe in tqdm(recipes, f"quantize {loaded.name}", leave=False, disable=None):
+        model = quantize(loaded.model, recipe, calibrations.get(recipe))
+        result = {}
+        if dataset is not None:
+            loss = mean_loss(model, dataset, batch_size=batch_size, progress=True).item()
+            result |= dict(val_loss=loss, perplexity=perplexity(loss), added=loss - exact_loss)
+        if tasks:
+            result |= measure_tasks(loaded, model, tasks, batch_size)
+        results.setdefault(recipe.bits, {})[recipe.method] = result
+    return results
+
+
+def report(rows: list[dict], opt) -> str:
+    """The tables that compare all targets."""
+    tables = []
+    if "val_loss" in rows[0]:
+        tables += [comparison(rows)] if len(rows) > 1 else []
+        tables += [quantized_table(rows)] if "quantized" in rows[0] else []
+    if opt.tasks:
+        tables.append(all_scores(rows))
+    return "\n\n".join(tables) + "\n" if tables else ""

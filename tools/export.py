@@ -1,0 +1,124 @@
+"""python quantize.py TARGET --out FILE or --hf DIR. Its help is the docstring of quantize.py."""
+
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+import quantize as quantization
+from nanoosp.machine import peak_memory_gib, pick_device
+from nanoosp.options import command, fail, flag, option, parse
+from quantize import METHODS, Recipe, quantize
+from tools.huggingface import last_evaluation, save_llama
+from tools.loading import Loaded, load
+from tools.packed import save_packed
+
+
+@dataclass
+class RecipeOptions:
+    """The part of a Recipe that eval.py's command line has too."""
+
+    no_clip: bool = option(False, "scale weights by their largest value, without search: the "
+                           "plain RTN", group="variations of quantizing")
+    w_group: int = option(0, "N weights of a row share a scale (default: the whole row)", low=0,
+                          metavar="N")
+    symmetric: bool = option(False, "round activations on a grid symmetric about 0, not on min "
+                             "to max")
+    center_embed: bool = option(False, "quarot, spinquant: subtract embedding means, as the "
+                                "official code")
+
+    def recipe(self, bits: str, method: str, **others) -> Recipe:
+        """Raises ValueError. Embeddings are centred only by methods that rotate them."""
+        rotates = Recipe(bits, method).does("quarot")
+        return Recipe(bits, method, clip=not self.no_clip, group=self.w_group,
+                      symmetric=self.symmetric, center_embed=self.center_embed and rotates,
+                      **others)
+
+
+@dataclass
+class Options(RecipeOptions):
+    target: Path = option(None, "a run directory, a checkpoint, or a Hugging Face LLaMA directory",
+                          positional=True, metavar="TARGET")
+    out: Path = option(None, "where the model goes, its weights in 4 bits", metavar="FILE")
+    hf: Path = option(None, "where it goes as trained, as a Hugging Face LLaMA directory",
+                      metavar="DIR")
+    method: str = option(None, "each builds on those before it (default: gptq)", choices=METHODS)
+    bits: str = option(None, "weights-activations-KV: 4, and 2 to 8 or 16 for \"as it is\" "
+                       "(default: 4-4-4)", metavar="W-A-KV")
+    calib: Path = option(None, "text to calibrate on (default: the run's own training split)",
+                         metavar="FILE")
+    steps: int = option(Recipe.steps, "of SpinQuant's search: more find better rotations "
+                        f"(default: {Recipe.steps})", low=0)
+    lr: float = option(Recipe.lr, "of SpinQuant; if its loss jumps, lower it "
+                       f"(default: {Recipe.lr})", low=0)
+    seed: int = option(Recipe.seed, "of the random rotations (default: 0)", low=0, high=2**63)
+    dtype: str = option(None, "of embedding, head, norms and all arithmetic (default: as in "
+                        "TARGET)", choices=["float32", "bfloat16"])
+    device: str = option(None, "default: the first of these that is there",
+                         choices=["cuda", "mps", "cpu"])
+
+
+@command
+def main(argv=None):
+    opt = parse(Options, quantization.__doc__, argv)
+    recipe = check(opt)
+    device = pick_device(opt.device)
+    loaded = load(opt.target, device)
+    if opt.hf:
+        export_llama(loaded, opt.hf)
+    else:
+        export_packed(loaded, opt, recipe, device)
+
+
+def check(opt) -> Recipe:
+    """End the program at the first option that cannot be, or that would do nothing."""
+    if bool(opt.out) == bool(opt.hf):
+        problem = "both are not allowed" if opt.out else "one is needed"
+        fail(f"--out --hf: {problem}. --out FILE quantizes, --hf DIR writes the model as trained")
+    goal, path = ("--hf", opt.hf) if opt.hf else ("--out", opt.out)
+    if path.exists() or path.is_symlink():
+        fail(f"{goal} {path} exists: remove it, or name another place")
+    if not path.parent.is_dir():
+        fail(f"{goal} {path} must be in a directory that exists")
+    given = {f.name for f in fields(opt) if getattr(opt, f.name) != f.default}
+    given -= {"target", "out", "hf", "device"}
+    if opt.hf and given:
+        fail(f"{flag(min(given))} goes with --out: --hf writes the model as it was trained")
+    try:
+        recipe = opt.recipe(opt.bits or Recipe.bits, opt.method or "gptq", seed=opt.seed,
+                            steps=opt.steps, lr=opt.lr)
+    except ValueError as error:
+        fail(f"--bits: {error}")
+    if recipe.w != 4:
+        fail(f"--bits {recipe.bits}: the file holds weights of 4 bits; eval.py --bits simulates "
+             "other numbers")
+    needs = dict(calib="gptq", center_embed="quarot", seed="quarot", steps="spinquant",
+                 lr="spinquant")
+    for name, method in needs.items():
+        if name in given and not recipe.does(method):
+            fail(f"{flag(name)} does nothing for --method {recipe.method}, only from {method} on")
+    return recipe
+
+
+def export_llama(loaded: Loaded, directory: Path):
+    evaluation = None
+    if loaded.step is not None:  # a run's log may say how good it is
+        run = loaded.path if loaded.path.is_dir() else loaded.path.parent
+        evaluation = last_evaluation(run / "log.jsonl", loaded.step)
+    save_llama(loaded.model, directory, loaded.options, loaded.data, evaluation)
+    print(f"{directory}: a plain LLaMA, for AutoModelForCausalLM and AutoTokenizer.from_pretrained")
+
+
+def export_packed(loaded: Loaded, opt: Options, recipe: Recipe, device: str):
+    calibration = loaded.calibration(recipe, opt.calib)
+    if opt.dtype:
+        loaded.model.to(getattr(torch, opt.dtype))
+    began = time.perf_counter()
+    model = quantize(loaded.model, recipe, calibration)
+    seconds = time.perf_counter() - began
+    save_packed(model, opt.out, loaded.options, loaded.data)
+    size, n = opt.out.stat().st_size, sum(p.numel() for p in model.parameters())
+    print(f"{recipe.method} {recipe.bits} in {seconds:.1f} s, peak memory "
+          f"{peak_memory_gib(device):.2f} GiB: {opt.out}, {size / 2**20:.2f} MiB for {n:,} "
+          f"weights, {size / 2 / n:.3f} of bf16 (embedding and head are not rounded)")

@@ -1,0 +1,130 @@
+"""load(path): a model on disk and what is known of it, for everything that takes a TARGET."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from data.dataset import TOKENIZER_JSON, Dataset, TextBlocks, find_dataset
+from data.tokenizer import encode, tokenizer_of
+from model import Transformer
+from nanoosp.files import read_archive, read_text
+from nanoosp.rotations import SPIN_BATCH
+from nanoosp.run import OPTIMIZERS, check_checkpoint, label, model_from_checkpoint
+from quantize import GPTQ_SAMPLES, Recipe
+from tools.huggingface import is_llama, load_llama
+from tools.packed import packed_model
+
+
+@dataclass
+class Loaded:
+    path: Path
+    model: Transformer
+    options: dict  # how it was trained
+    data: dict  # meta.json of the dataset it was trained on
+    step: int | None  # of the checkpoint; None for other files
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name if self.path.is_dir() else self.path.stem
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """How the model was quantized; None if it was not."""
+        return getattr(self.model, "recipe", None)
+
+    @property
+    def label(self) -> str:
+        """Its configuration: "Adam", "Muon + SSNorm", "OSP", "OSP, gptq 4-4-4", "LLaMA"."""
+        quantized = f", {self.recipe.method} {self.recipe.bits}" if self.recipe else ""
+        return label(self.options) + quantized
+
+    @cached_property
+    def encoding(self):
+        return tokenizer_of(self.data)
+
+    @property
+    def seq_len(self) -> int:
+        return self.options["seq_len"]
+
+    def dataset(self, split: str = "val") -> Dataset:
+        """The data it was trained on. Raises ValueError for a model from elsewhere."""
+        if "data" not in self.options:
+            raise ValueError(f"{self.path} is a Hugging Face model, which brings no text: name one "
+                             "with --text FILE")
+        directory = find_dataset(self.options["data"])
+        return Dataset(directory, split, self.seq_len, self.options["seed"])
+
+    def text_blocks(self, file, block: int) -> TextBlocks:
+        """A text file in blocks of `block` tokens. Raises OSError, and ValueError if too short."""
+        text = read_text(file)
+        try:
+            return TextBlocks(encode(self.encoding, text), block, len(text.encode()))
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+
+    def calibration(self, recipe: Recipe, file=None) -> torch.Tensor | None:
+        """What quantize() calibrates on, int64 [N, T + 1]; None for a recipe that does not.
+
+        Random windows of the training split or, if there is a `file`, blocks spread evenly over its
+        text. Raises what dataset() and text_blocks() do.
+        """
+        if not recipe.calibrates:
+            return None
+        n = GPTQ_SAMPLES
+        if recipe.method == "spinquant":  # every step sees new text, if there is enough
+            n = max(n, SPIN_BATCH * (recipe.steps + 1))
+        if file is not None:
+            blocks = self.text_blocks(file, self.seq_len + 1)
+            return torch.from_numpy(blocks.windows(blocks.evaluation_windows(n)))
+        if "data" not in self.options:
+            raise ValueError(f"{recipe.method} needs text to calibrate on, and {self.path} has "
+                             "none: use --calib FILE")
+        data = self.dataset("train")
+        return torch.from_numpy(data.batch(0, min(n, data.n_windows)))
+
+
+def load(path, device: str = "cpu", int4: bool = False) -> Loaded:
+    """A run directory, a checkpoint, a Hugging Face LLaMA directory or a four-bit file.
+
+    int4: the weights of a four-bit file stay packed, which only CUDA can compute with.
+    Raises FileNotFoundError, and ValueError for a file that is damaged or not one of ours.
+    """
+    path, step = Path(path), None
+    if is_llama(path):
+        model, options, data = load_llama(path, device)
+    else:
+        file = path / "ckpt.pt" if path.is_dir() else path
+        state = read_archive(file)
+        if isinstance(state, dict) and "packing" in state:
+            model = packed_model(state, file, device, int4)
+        else:
+            model = model_from_checkpoint(check_checkpoint(state, file), device)
+            step = state["step"]
+        options, data = state["options"], state["data"]
+    loaded = Loaded(path, model.requires_grad_(False).eval(), options, data, step)
+    if int4 and not loaded.recipe:
+        raise ValueError(f"{path} is not quantized: --int4 is for files of quantize.py --out")
+    check_known(options, data, path)
+    return loaded
+
+
+def check_known(options: dict, data: dict, path):
+    """Raise ValueError unless a file says of its model what others need to know."""
+    needed = {"optimizer", "norm", "embproj", "data", "seed"}
+    needed = ({"imported"} if "imported" in options else needed) | {"seq_len"}
+    missing = sorted(needed - options.keys() | {"tokenizer"} - data.keys())
+    if missing:
+        raise ValueError(f"{path} does not say {', '.join(missing)}: train.py or quantize.py would "
+                         "have")
+    possible = (
+        type(options["seq_len"]) is int and options["seq_len"] > 0
+        and options.get("optimizer", "adam") in OPTIMIZERS
+        and isinstance(data["tokenizer"], str)
+    )
+    if data["tokenizer"] == TOKENIZER_JSON:
+        possible = possible and isinstance(data.get("tokenizer_json"), str)
+    if not possible:
+        raise ValueError(f"{path} says impossible things of its training or its tokenizer: it is "
+                         "damaged")

@@ -1,0 +1,145 @@
+"""A file of four bits: two codes in a byte, and an fp32 scale for each row or group.
+
+    save_packed(quantize(model, recipe), path, options, data)     written by quantize.py --out
+    packed_model(read_archive(path), path)                        bit for bit the same model
+
+Int4Linear, at the end, computes with the packed weights. That is fast, but not bit-equal.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from model import Config, Transformer
+from nanoosp.files import save_archive
+from quantize import Recipe, attach_ffn_hadamard, attach_rounding, linears, per_column, weight_codes
+
+VERSION = 2
+PACKING = "code + 8 as a nibble; the low nibble of a byte is the even column"
+
+
+def pack(codes):
+    """Codes -8 ... 7, [out, in] -> uint8 [out, in / 2]. Raises ValueError if `in` is odd."""
+    if codes.shape[1] % 2:
+        raise ValueError(f"rows of {codes.shape[1]} weights do not fill whole bytes")
+    nibbles = (codes + 8).to(torch.uint8)
+    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+
+
+def unpack(packed):
+    """uint8 [out, in / 2] -> codes as fp32 [out, in]."""
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1).float() - 8
+
+
+def save_packed(model, path: Path, options: dict, data: dict):
+    """Write a model of quantize(), whole or not at all, with `options` and `data` of its run.
+
+    Raises ValueError unless its weights have 4 bits, OSError if the file cannot be written.
+    """
+    recipe = model.recipe
+    if recipe.w != 4:
+        raise ValueError(f"a file holds weights of 4 bits, not {recipe.w}")
+    weights = {name: W.cpu() for name, W in model.state_dict().items()}
+    scales = {name: scale.cpu() for name, scale in model.scales.items()}
+    codes = {name: pack(weight_codes(weights.pop(f"{name}.weight"), scale, 4))
+             for name, scale in scales.items()}
+    quantization = dict(bits=recipe.bits, method=recipe.method, symmetric=recipe.symmetric,
+                        ffn_hadamard=recipe.does("had"), scales=scales)
+    state = dict(packing=PACKING, version=VERSION, config=asdict(model.config), weights=weights,
+                 codes=codes, quantization=quantization, options=options, data=data)
+    save_archive(state, path)
+
+
+def packed_model(state, path, device="cpu", int4: bool = False) -> Transformer:
+    """The model in the contents of such a file. int4: with weights that stay packed.
+
+    Raises ValueError, naming `path`, if they are not what save_packed writes.
+    """
+    kinds = {"packing": str, "config": dict, "weights": dict, "codes": dict, "quantization": dict,
+             "options": dict, "data": dict}
+    if not isinstance(state, dict) or not all(
+            isinstance(state.get(name), kind) for name, kind in kinds.items()):
+        raise ValueError(f"{path} is a torch file, but not a quantized model of quantize.py")
+    if (state.get("version"), state["packing"]) != (VERSION, PACKING):
+        raise ValueError(f"{path} is of version {state.get('version')} or packed otherwise; this "
+                         f"code reads {VERSION}")
+    try:
+        model = _unpacked_model(state)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} does not fit together ({reason}): write it again") from error
+    model = model.requires_grad_(False).to(device).eval()
+    if int4:
+        use_int4_kernel(model, state["codes"])
+    return model
+
+
+def _unpacked_model(state: dict) -> Transformer:
+    """Raises all kinds of errors for contents that do not fit together."""
+    quantization, weights = state["quantization"], dict(state["weights"])
+    scales, symmetric = quantization["scales"], quantization["symmetric"]
+    recipe = Recipe(quantization["bits"], quantization["method"], symmetric=symmetric)
+    if recipe.w != 4 or quantization["ffn_hadamard"] is not recipe.does("had"):
+        raise ValueError("what was done to it contradicts itself")
+    if symmetric not in (True, False):
+        raise ValueError(f"symmetric is {symmetric!r}")
+    if not all(s.dtype == torch.float32 and s.isfinite().all() and s.gt(0).all()
+               for s in scales.values()):
+        raise ValueError("a scale is no positive number")
+    if len({W.dtype for W in weights.values()}) > 1:
+        raise ValueError("weights of several precisions")
+    for name, packed in state["codes"].items():
+        codes, dtype = unpack(packed), weights["norm.gain"].dtype
+        W = per_column(scales[name], codes.shape[1]) * codes  # as quantize() computes it
+        weights[f"{name}.weight"] = W.to(dtype)
+    model = Transformer.from_weights(Config(**state["config"]), weights)
+    if set(linears(model)) != set(scales):
+        raise ValueError("not every linear has its scales")
+    model.recipe, model.scales = recipe, scales
+    if recipe.does("had"):
+        attach_ffn_hadamard(model)
+    attach_rounding(model, recipe)
+    return model
+
+
+class Int4Linear(nn.Module):
+    """x @ W^T on CUDA by torch's own int4 kernel. x and the result are bfloat16.
+
+    A model that writes token by token spends its time reading weights, and packed ones are a
+    quarter as long. The kernel rounds the scales to bfloat16, which makes the result close to the
+    simulated model's, not equal. Raises ValueError for shapes that the kernel does not take.
+    """
+
+    def __init__(self, codes, scale):  # [out, in], [out, groups]
+        super().__init__()
+        n_out, n_in = codes.shape
+        group = n_in // scale.shape[1]  # weights that share a scale
+        self.group = next((g for g in (256, 128, 64, 32) if group % g == 0), 0)
+        if not self.group or n_out % 8 or n_in % 128:
+            raise ValueError(f"torch's int4 kernel takes no {n_out} x {n_in} weight with "
+                             f"{scale.shape[1]} scales a row")
+        nibbles = (codes + 8).to(torch.uint8)
+        packed = nibbles[:, 0::2] << 4 | nibbles[:, 1::2]  # here the high nibble is the even column
+        self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack(packed, 8))
+        scales = per_column(scale, n_in // self.group).mT  # [in / group, out]
+        scales = torch.stack([scales, torch.zeros_like(scales)], dim=-1)  # each with its zero
+        self.register_buffer("scales", scales.bfloat16().contiguous())
+
+    def forward(self, x):
+        rows = x.bfloat16().flatten(0, -2)
+        y = torch.ops.aten._weight_int4pack_mm(rows, self.packed, self.group, self.scales)
+        return y.view(*x.shape[:-1], -1)
+
+
+def use_int4_kernel(model, codes: dict):
+    """Replace every linear of `model` by an Int4Linear, and make the rest bfloat16."""
+    device = model.embed.weight.device
+    if device.type != "cuda":
+        raise ValueError("the int4 kernel needs a CUDA device; leave out --int4")
+    model.bfloat16()
+    for name, packed in codes.items():
+        parent, _, child = name.rpartition(".")
+        linear = Int4Linear(unpack(packed.to(device)), model.scales[name].to(device))
+        setattr(model.get_submodule(parent), child, linear)

@@ -1,0 +1,165 @@
+"""What eval.py prints: a description of each target, then tables that compare all of them.
+
+A row is what tools/evaluate.py measured of one target; eval.py --json prints the same rows.
+"""
+
+from textwrap import indent
+
+from eval import strongest_sink
+from nanoosp.summary import table
+
+SINK = 0.3  # share of attention on the first token that makes a head a sink (Gu et al. 2025)
+SETTINGS_PER_TABLE = 6  # more would not fit beside each other
+
+
+def strongest_state(largest: list[dict]) -> int:
+    """The state of the residual stream whose largest activation stands out most."""
+    return max(range(len(largest)), key=lambda i: largest[i]["ratio"])
+
+
+def n_sinks(sinks: dict) -> int:
+    return sum(share > SINK for heads in sinks["share"] for share in heads)
+
+
+# --------------------------------------------------------------------------------------------------
+# One target
+
+
+def describe(loaded, row: dict) -> str:
+    """A measurement in words, then the kurtosis of every layer and site."""
+    state = strongest_state(row["largest"])
+    top, sinks = row["largest"][state], row["sinks"]
+    place = "embedding output" if state == 0 else f"output of block {state}"
+    token = loaded.encoding.decode([top["token"]])
+    layer, head = strongest_sink(sinks)
+    share, inside, outside = (sinks[key][layer][head] for key in ("share", "inside", "outside"))
+    bits = f", {row['bits_per_byte']:.4f} bits per byte" if row["bits_per_byte"] else ""
+    lines = [
+        ("loss", f"{row['val_loss']:.4f} nats per token, perplexity {row['perplexity']:.6g}{bits}"),
+        ("excess kurtosis", f"{row['kurtosis']:.3f} (Gaussian {row['kurtosis_floor']:.3f}), mean "
+                            "over the residual stream"),
+        ("stands out most", f"|x| = {top['value']:.1f}, {top['ratio']:.0f} times the median of its "
+                            f"sequence: {place}, channel {top['channel']}, position "
+                            f"{top['position']}, token {token!r}"),
+        ("attention sinks", f"{n_sinks(sinks)} heads give the first token over "
+                            f"{100 * SINK:.0f} % (even attention gives {sinks['uniform']:.1%});"),
+        ("", f"most, {share:.1%}, block {layer + 1} head {head + 1}, with a mean logit of "
+             f"{inside:.2f} on it and {outside:.2f} on others"),
+        ("measured", f"{row['tokens']:,} tokens at {row['tokens_per_s']:,.0f} tokens/s, peak "
+                     f"memory {row['peak_memory_gib']:.2f} GiB"),
+    ]
+    if "kurtosis_as_published" in row:
+        published, floor = row["kurtosis_as_published"], row["kurtosis_as_published_floor"]
+        lines.insert(2, ("... as published", f"{published:.3f} (Gaussian {floor:.3f}): single "
+                         "tokens without context, uncentred, negatives cut off"))
+    text = "\n".join(f"{name:<17}{words}" for name, words in lines)
+    sites = site_table(row["sites"])
+    return f"{loaded.name} ({loaded.label})\n" + indent(f"{text}\n{sites}", "  ")
+
+
+def site_table(sites: dict) -> str:
+    """Kurtosis, a line for each layer and a column for each site."""
+    embedding, *blocks = sites["residual stream"]["kurtosis"]
+    n_layer = len(blocks)
+    columns = {name: site["kurtosis"] for name, site in sites.items()}
+    columns["residual stream"] = blocks
+    columns["final norm"] = [None] * (n_layer - 1) + columns["final norm"]  # after the last block
+    lines = [["embedding output", f"{embedding:.2f}"] + [""] * (len(sites) - 1)]
+    for i in range(n_layer):
+        values = [column[i] for column in columns.values()]
+        cells = ["" if value is None else f"{value:.2f}" for value in values]
+        lines.append([f"block {i + 1}", *cells])
+    floors = {name: f"{site['floor']:.3f}" for name, site in sites.items()}
+    floors["ffn hidden"] = "-"  # products of two numbers are never Gaussian, even at the start
+    lines.append(["Gaussian", *floors.values()])
+    return table(["excess kurtosis by site", *sites], lines)
+
+
+def describe_tasks(name: str, row: dict) -> str:
+    """Scores in percent, a line for each task."""
+    lines = []
+    for task, result in row["tasks"].items():
+        norm = percent(result["acc_norm"]) if "acc_norm" in result else ""
+        lines.append([task, f"{result['n']:,}", percent(result["acc"]), norm,
+                      percent(result["score"]), percent(result["stderr"])])
+    average = f"average of {len(row['benchmarks'])}"
+    lines.append([average, "", "", "", percent(row["average"]), ""])
+    head = ["task", "questions", "acc", "acc_norm", "score", "+-"]
+    return f"{name}\n" + indent(table(head, lines), "  ")
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+# --------------------------------------------------------------------------------------------------
+# All targets
+
+
+def comparison(rows: list[dict]) -> str:
+    """A line for each target. |x| is the activation that stands out most from its sequence."""
+    published = "kurtosis_as_published" in rows[0]
+    head = ["target", "loss", "ppl", "bits/byte", "kurtosis", "Gaussian"]
+    head += ["as publ.", "Gaussian"] * published + ["|x|", "/ median", "sinks"]
+    lines = []
+    for row in rows:
+        top = row["largest"][strongest_state(row["largest"])]
+        line = [
+            row["target"], f"{row['val_loss']:.4f}", f"{row['perplexity']:.5g}",
+            f"{row['bits_per_byte']:.4f}" if row["bits_per_byte"] else "-",
+            f"{row['kurtosis']:.3f}", f"{row['kurtosis_floor']:.3f}",
+        ]
+        if published:
+            line += [f"{row['kurtosis_as_published']:.3f}",
+                     f"{row['kurtosis_as_published_floor']:.3f}"]
+        lines.append([*line, f"{top['value']:.1f}", f"{top['ratio']:.0f}", n_sinks(row["sinks"])])
+    return table(head, lines)
+
+
+def quantized_table(rows: list[dict]) -> str:
+    """For one setting of bits the paper's Table 4, for several its Table 2."""
+    settings = list(rows[0]["quantized"])
+    if len(settings) == 1:
+        return methods_table(rows, settings[0])
+    groups = [settings[i : i + SETTINGS_PER_TABLE]
+              for i in range(0, len(settings), SETTINGS_PER_TABLE)]
+    return "\n\n".join(bits_table(rows, group) for group in groups)
+
+
+def methods_table(rows: list[dict], bits: str) -> str:
+    """A line for each method and a column for each target: its loss, and what was added to it."""
+    lines = [["not quantized", *(f"{row['val_loss']:.4f}" for row in rows)]]
+    for method in rows[0]["quantized"][bits]:
+        results = [row["quantized"][bits][method] for row in rows]
+        name = method if method == "rtn" else f"+ {method}"
+        lines.append([name, *(f"{r['val_loss']:.4f} ({r['added']:+.4f})" for r in results)])
+    return table([f"loss at {bits}", *(row["target"] for row in rows)], lines)
+
+
+def bits_table(rows: list[dict], settings: list[str]) -> str:
+    """A line for each target and method, a column for each setting: what it adds to the loss."""
+    lines = []
+    for row in rows:
+        for method in row["quantized"][settings[0]]:
+            added = [row["quantized"][bits][method]["added"] for bits in settings]
+            lines.append([row["target"], method, f"{row['val_loss']:.4f}",
+                          *(f"{x:+.4f}" for x in added)])
+    return table(["loss added by W-A-KV bits", "method", "exact", *settings], lines)
+
+
+def all_scores(rows: list[dict]) -> str:
+    """The benchmarks of every target, and below it those of its quantized models."""
+    scores = []
+    for row in rows:
+        scores.append((row["target"], row))
+        for bits, methods in row.get("quantized", {}).items():
+            scores += [(f"{row['target']} {bits} {method}", r) for method, r in methods.items()]
+    return tasks_table(scores)
+
+
+def tasks_table(scores: list[tuple[str, dict]]) -> str:
+    """A line for each model and a column for each benchmark, as in the paper's Tables 3 and 5."""
+    benchmarks = list(scores[0][1]["benchmarks"])
+    lines = [[name, *(percent(row["benchmarks"][b]) for b in benchmarks), percent(row["average"])]
+             for name, row in scores]
+    return table(["benchmarks, %", *benchmarks, "average"], lines)
