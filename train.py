@@ -54,7 +54,7 @@ PRESETS = {
 }
 SHAPE = ("n_layer", "n_head", "n_embd", "vocab_size")
 OSP = {"optimizer": "muon", "norm": "ss", "embproj": True}  # what --osp stands for
-TOOLS = {"ablation": "tools.ablation", "bench": "tools.bench", "dry_run": "tools.dry_run"}
+TOOLS = {"ablation": "tools.ablation", "dry_run": "tools.dry_run", "bench": "tools.bench"}
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Options(RunOptions):
     n_head: int = option(None, "attention heads, instead of the preset's")
     n_embd: int = option(None, "channels of the residual stream, instead of the preset's")
     vocab_size: int = option(None, "rows of embedding and head (default: ids, rounded up to 64s)")
-    seq_len: int = option(None, "tokens per sequence")
+    seq_len: int = option(None, "tokens per sequence", low=2)
 
     steps: int = option(None, "optimizer steps in all", may_change=True, group="the optimization")
     batch_size: int = option(None, "sequences per optimizer step, over all ranks")

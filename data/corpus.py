@@ -240,9 +240,9 @@ def build(out: Path, specs: list[tuple], opt) -> dict:
         if old is None and any(out.iterdir()):
             raise FileExistsError(f"{out} exists and is no unfinished corpus; remove it, or name "
                                   "another --out")
-        encoding = tokenizer_for_shards(opt.tokenizer)
         revisions = old["revisions"] if old else {}
         sources = open_sources(specs, opt.key, revisions)
+        encoding = tokenizer_for_shards(opt.tokenizer)
         begun_with = {name: getattr(opt, name) for name in FIXED}
         begun_with["tokenizer"] = encoding.name
         if encoding.name == TOKENIZER_JSON:  # its content counts, not its place

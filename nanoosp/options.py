@@ -90,6 +90,9 @@ def build_parser(options: type, docstring: str) -> Parser:
 def parse(options: type, docstring: str, argv=None):
     """An instance of the dataclass `options`, from `argv` or else from sys.argv. Ends the program for a mistake."""
     parser, argv = build_parser(options, docstring), sys.argv[1:] if argv is None else argv
+    for before, word in zip(["an argument", *argv], argv):
+        if word == "" or word.startswith("--") and word.endswith("="):
+            fail(f"{word[:-1] or before} is empty")
 
     def dashes(word):
         name, *value = word.split("=", 1)
@@ -113,11 +116,9 @@ def fill(opt, **defaults):
 
 
 def check_ranges(opt):
-    """End the program at the first number that is out of its range, and at an empty text."""
+    """End the program at the first number that is out of its range."""
     for field in dataclasses.fields(opt):
         value, low = getattr(opt, field.name), field.metadata["low"]
-        if value == "" and field.type is str:
-            fail(f"{flag(field.name)} is empty")
         if type(value) not in (int, float):
             continue
         enough = value > 0 if low is None else value >= low  # false for nan
@@ -140,6 +141,8 @@ def command(main):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at its exit
             sys.exit(1)
         except (ValueError, OSError, ArithmeticError, ImportError) as error:
+            if isinstance(error, OSError) and error.filename and error.strerror:
+                error = f"{error.filename}: {error.strerror}"
             sys.exit(f"error: {error}" if is_first() else f"error on rank {os.environ['RANK']}: {error}")
         except (RuntimeError, MemoryError) as error:
             first_line = (str(error).splitlines() or [""])[0]

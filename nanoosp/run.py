@@ -95,6 +95,11 @@ def resume(opt) -> dict:
     state = load_checkpoint(opt.resume)
     opt.out = str(Path(opt.resume).parent if Path(opt.resume).is_file() else opt.resume)
     may_change = {f.name for f in fields(opt) if f.metadata.get("may_change")}
+    for field in fields(opt):
+        saved, choices = state["options"].get(field.name), field.metadata["choices"]
+        kinds = (int, float) if field.type is float else field.type
+        if saved is not None and (not isinstance(saved, kinds) or choices and saved not in choices):
+            raise ValueError(f"{opt.resume} is damaged: it was started with {flag(field.name)} {saved!r}")
     for name, saved in state["options"].items():
         given = getattr(opt, name, None)
         if given not in (None, saved) and name not in may_change:
@@ -163,7 +168,11 @@ def model_from_checkpoint(state: dict, device="cpu") -> Transformer:
     unknown = set(state["config"]) - {field.name for field in fields(Config)}
     if unknown:
         raise ValueError(f"the checkpoint's config has unknown entries {sorted(unknown)}: made by a newer version?")
-    return Transformer.from_weights(Config(**state["config"]), state["model"]).to(device)
+    try:
+        return Transformer.from_weights(Config(**state["config"]), state["model"]).to(device)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"the checkpoint's weights do not fit its config: {reason}") from error
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -26,13 +26,14 @@ import re
 import statistics
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # so that it runs from any directory
 
 from nanoosp.files import write_text  # noqa: E402 (it and the rest need the line above)
-from nanoosp.options import command  # noqa: E402
+from nanoosp.options import command, parse  # noqa: E402
 from nanoosp.summary import table  # noqa: E402
 from tools.ablation import ablation_table, mean_and_spread  # noqa: E402
 from results.ffn_hidden.trace import VARIANTS  # noqa: E402
@@ -520,8 +521,14 @@ def figures():
     yield plot.save(draw_traces(traces, shown, log=shown), assets / "ffn_hidden.png")
 
 
+@dataclass
+class Options:
+    """There are none but --help."""
+
+
 @command
 def main(argv=None):
+    parse(Options, __doc__, argv)
     for path in PAGES:
         write_text(path, filled(path.read_text(encoding="utf-8")))
         print(f"wrote the tables of {path.relative_to(HERE.parent)}")

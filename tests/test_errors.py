@@ -14,6 +14,8 @@ import pytest
 import torch
 from conftest import read_log
 
+import eval as evaluation
+import quantize
 import train
 from data.prepare import prepare
 from data.dataset import Dataset, write_shard
@@ -257,3 +259,30 @@ def test_a_shard_with_ids_beyond_the_tokenizer_is_named(tmp_path):
         write_shard(tmp_path / f"{split}.bin", np.full(100, 60000))
     with pytest.raises(ValueError, match="60000.*50,257"):
         Dataset(tmp_path, "train", 9).batch(0, 1)
+
+
+def test_checkpoints_that_contradict_themselves_are_refused_in_one_line(fails, finished):
+    path, state = finished / "ckpt.pt", load_checkpoint(finished)
+    for name, value in dict(dtype="float13", preset="huge", seq_len="x", data=5, lr="x").items():
+        torch.save(state | {"options": state["options"] | {name: value}}, path)
+        flag = "--" + name.replace("_", "-")
+        fails(["--resume", finished, "--steps", "9"], 1, "is damaged", f"{flag} {value!r}")
+    for change in (dict(n_layer=3), dict(n_embd="x"), dict(n_head=0)):
+        torch.save(state | {"config": state["config"] | change}, path)
+        with pytest.raises(SystemExit, match="error: the checkpoint's weights do not fit its config") as error:
+            evaluation.main([str(finished), "--device", "cpu"])
+        assert "\n" not in error.value.code
+
+
+def test_empty_values_are_named_whatever_their_type(capsys):
+    for script, argv in ((evaluation, ["x", "--plot", ""]), (evaluation, ["x", "--text="]),
+                         (quantize, ["x", "--out", ""]), (train, ["--data="])):
+        with pytest.raises(SystemExit) as error:
+            script.main(argv)
+        option = next(word for word in argv if word.startswith("--")).rstrip("=")
+        assert error.value.code == 2 and capsys.readouterr().err == f"error: {option} is empty\n"
+
+
+def test_a_dry_run_of_a_measurement_measures_nothing(small_run, capsys):
+    train.main([*small_run, "--bench", "--dry-run"])
+    assert "parameters" in capsys.readouterr().out

@@ -21,7 +21,7 @@ from eval import (
 )
 from nanoosp.machine import peak_memory_gib, pick_device
 from nanoosp.options import command, fail, flag, option, parse
-from quantize import METHODS, Recipe, quantize
+from quantize import METHODS, Recipe, linears, quantize
 from tools.export import RecipeOptions
 from tools.loading import Loaded, load
 from tools.report import all_scores, comparison, describe, describe_tasks, quantized_table
@@ -118,6 +118,8 @@ def check(opt) -> list[Recipe]:
         recipes = [opt.recipe(bits, method) for bits in settings for method in methods]
     except ValueError as error:
         fail(f"--bits: {error}")
+    if opt.calib and not any(recipe.calibrates for recipe in recipes):
+        fail("--calib does nothing for these --methods: only gptq, quarot and spinquant calibrate")
     if opt.center_embed and not any(recipe.center_embed for recipe in recipes):
         fail("--center-embed is for --methods quarot and spinquant")
     return recipes
@@ -227,6 +229,11 @@ def calibrate(loaded: Loaded, recipes: list[Recipe], file=None) -> dict:
     if recipes and loaded.recipe:
         raise ValueError(f"{loaded.path} is quantized already: start from the model that was "
                          "trained")
+    for recipe in recipes:
+        for linear in linears(loaded.model).values() if recipe.group else ():
+            if linear.in_features % recipe.group:
+                raise ValueError(f"--w-group {recipe.group} does not divide the "
+                                 f"{linear.in_features} weights of a row")
     windows = {}  # those of a method do not depend on its bits: a text is tokenized once
     for recipe in recipes:
         if (recipe.method, recipe.calibrates) not in windows:

@@ -191,6 +191,9 @@ def save_llama(model, directory, options: dict, data: dict, evaluation=None, sha
             card = model_card(directory.name, model, options, data, evaluation)
             write_text(temporary / "README.md", card)
             theirs.save_pretrained(temporary, max_shard_size=shard_size)
+            config = json.loads(read_text(temporary / "config.json"))
+            config["torch_dtype"] = config["dtype"]  # its name for older readers
+            write_text(temporary / "config.json", as_json(config))
     except (OSError, require("safetensors", PURPOSE).SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"could not write {directory}: {reason}") from error

@@ -121,6 +121,7 @@ def check_known(options: dict, data: dict, path):
     possible = (
         type(options["seq_len"]) is int and options["seq_len"] > 0
         and options.get("optimizer", "adam") in OPTIMIZERS
+        and isinstance(options.get("data", ""), str) and type(options.get("seed", 0)) is int
         and isinstance(data["tokenizer"], str)
     )
     if data["tokenizer"] == TOKENIZER_JSON:
