@@ -38,7 +38,7 @@ from nanoosp.summary import optimizer_table, run_summary
 # Shape and schedule. Learning rates of tiny and toy come from sweeps (results/README.md), of small
 # from their trend with width, of 1.4b from the paper (App. A.1). micro: micro-batch for 80 GB.
 PRESETS = {
-    "tiny": dict(  # two CPU cores, about two minutes
+    "tiny": dict(  # two CPU cores, two to four minutes
         n_layer=4, n_head=4, n_embd=128, seq_len=128, batch_size=16, steps=800,
         adam_lr=3e-3, muon_lr=6e-3, eval_windows=256),
     "toy": dict(  # one GPU, under a minute

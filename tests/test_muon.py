@@ -1,10 +1,10 @@
 import copy
-import multiprocessing
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from launch import context
 
 from model import Config, Transformer
 from muon import Muon, make_optimizers, muon_update, newton_schulz, parameter_groups, stacks
@@ -69,7 +69,7 @@ def test_stacks_hold_every_parameter_once_and_are_bounded(world):
     assert newton_schulz(torch.empty(0, 3, 4)).shape == (0, 3, 4)  # the share of a rank that comes too late
 
 
-@pytest.mark.parametrize("shape", [(32, 64), (256, 768), (768, 256)])
+@pytest.mark.parametrize("shape", [(32, 64), (96, 288), (288, 96)])
 def test_twenty_steps_match_torch_optim_muon(shape):
     torch.manual_seed(0)
     ours, theirs = (nn.Parameter(w.clone()) for w in [torch.randn(shape) * 0.02] * 2)
@@ -242,7 +242,7 @@ def test_ranks_divide_the_momentum_and_save_all_of_it_for_any_number_of_ranks(tm
     model = with_a_frozen_gain()
     alone = make_optimizers(model, "muon-only", 1e-2, 1e-2, 0.1)[0]
     numbers = sum(p.numel() for p in trained(model))
-    state, context = None, multiprocessing.get_context("spawn")
+    state = None
     for world, steps in ((3, (1, 2, 3)), (2, (4, 5))):  # 14 matrices of one shape, 6, 3 and 2 of others
         ranks = [context.Process(target=one_of, args=(world, r, tmp_path, steps, state)) for r in range(world)]
         [process.start() for process in ranks], [process.join(60) for process in ranks]

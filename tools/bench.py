@@ -169,7 +169,8 @@ def longest_kernels(run) -> tuple[list[dict], str]:
     longest = sorted(kernels, key=lambda kernel: -kernel.self_device_time_total)[:KERNELS]
     listed = [dict(name=kernel.key, ms=kernel.self_device_time_total / 1e3,
                    share=kernel.self_device_time_total / total) for kernel in longest]
-    return listed, kernels.table(sort_by="device_time_total", row_limit=KERNELS)
+    return listed, kernels.table(sort_by="device_time_total", row_limit=KERNELS,
+                                 max_name_column_width=90)
 
 
 def report(r: dict) -> str:
