@@ -11,11 +11,15 @@ for "leave alone". Each method does what those before it do, and one thing more:
     quarot     + rotate residual stream and values by random Hadamard matrices (Ashkboos 2024)
     spinquant  + learn these rotations (Liu 2025)
 
+--format mxfp4 or nvfp4 takes the 4-bit numbers that hardware has instead of integers, for weights
+and activations: blocks of 32 or 16 values, with scales of their own (nanoosp/formats.py).
+
 Values are rounded to what 4 bits can hold and used in full precision ("fake" quantization): this
 measures the damage, and makes nothing faster. Embedding, head and norms stay as they are.
 
 Glossary: name here, symbol in the papers, meaning
-    code, scale, zero  q, s, z  a value is s (q - z), q an integer of b bits; weights have no z
+    code, scale, zero  q, s, z  a value is s (q - z), q an integer of b bits; weights have no z, and
+                                in mxfp4 and nvfp4 nothing has, and q is a number of E2M1
     R1, R2             -        rotations of stream and values, multiplied into the weights
     R3                 -        Hadamard on Q and K after RoPE, online, if KV has under 16 bits
     R4                 M4       Hadamard on the FFN's hidden state, online; down_proj undoes it
@@ -25,13 +29,13 @@ Glossary: name here, symbol in the papers, meaning
 Deviations from the official code, a fork of SpinQuant's: arithmetic is fp32 instead of bf16,
 rotations are rounded once, and embeddings are centred only on request: RMSNorm does not undo it.
 
-Read it top to bottom. Rotations are in nanoosp/, command line and four-bit file in tools/.
+Read it top to bottom. Recipe, rotations and formats are in nanoosp/, the command line and the file
+of four bits in tools/.
 """
 
 import copy
 import importlib
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -39,10 +43,11 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from model import Transformer, hooked, rope_tables
+from nanoosp.formats import block_scale, e2m1, round_blocks
 from nanoosp.hadamard import hadamard_transform
+from nanoosp.recipe import FORMATS, METHODS, Recipe  # noqa: F401
 from nanoosp.rotations import full_precision, learn_rotations, random_rotations, rotated_weights
 
-METHODS = ("rtn", "had", "gptq", "quarot", "spinquant")
 GPTQ_SAMPLES = 128  # sequences of calibration
 
 
@@ -70,10 +75,19 @@ def per_column(scale, n: int):
     return scale.repeat_interleave(n // scale.shape[1], dim=1)
 
 
-def weight_codes(W, scale, bits: int):
-    """Integers -2^(b-1) ... 2^(b-1) - 1 as fp32, [out, in]; the weights are scale * codes."""
-    m = 2 ** (bits - 1) - 1
-    return (W.float() / per_column(scale, W.shape[1])).round().clamp(-m - 1, m)
+def nearest_code(x, recipe: Recipe):
+    """x rounded to codes: integers -2^(b-1) ... 2^(b-1) - 1, or the numbers of E2M1. In fp32."""
+    if recipe.format != "int":
+        return e2m1(x)
+    m = 2 ** (recipe.w - 1) - 1
+    return x.round().clamp(-m - 1, m)
+
+
+def recipe_scale(W, recipe: Recipe):
+    """Scales [out, groups] of a whole weight [out, in]; the weights are scale * codes."""
+    if recipe.format != "int":
+        return block_scale(W, recipe.format)
+    return weight_scale(W, recipe.w, recipe.clip, recipe.group)
 
 
 def round_vectors(x, bits: int, symmetric: bool, keep_zero: bool):
@@ -118,7 +132,7 @@ def attach_ffn_hadamard(model):
         block.ffn.at_hidden.register_forward_hook(_rotate)
 
 
-def attach_rounding(model, recipe: "Recipe", straight_through: bool = False) -> list:
+def attach_rounding(model, recipe: Recipe, straight_through: bool = False) -> list:
     """Round activations, keys and values on their way; returns the hooks' handles.
     straight_through: gradients pass as if nothing had been rounded."""
     d, handles = model.config.head_dim, []
@@ -132,7 +146,10 @@ def attach_rounding(model, recipe: "Recipe", straight_through: bool = False) -> 
 
     for block in model.blocks:
         attn, ffn = block.attn, block.ffn
-        if recipe.a < 16:
+        if recipe.a < 16 and recipe.format != "int":
+            for point in (attn.at_input, attn.at_output, ffn.at_input, ffn.at_hidden):
+                rounding(point, round_blocks, recipe.format)
+        elif recipe.a < 16:
             for point in (attn.at_input, ffn.at_input, ffn.at_hidden):
                 rounding(point, round_tokens, recipe.a, recipe.symmetric)
             rounding(attn.at_output, round_heads, recipe.a, d, recipe.symmetric)
@@ -171,7 +188,7 @@ def inverse_factor(H):
     raise ArithmeticError("its damped Hessian has no Cholesky factor: are its inputs finite?")
 
 
-def gptq(W, H, scale, bits: int, block: int = 128):
+def gptq(W, H, scale, recipe: Recipe, block: int = 128):
     """Codes [out, in] of a weight [out, in] that fit best for the inputs behind H [in, in].
 
     Columns are rounded from left to right. The error of each, in units of U_jj, is spread over all
@@ -180,12 +197,12 @@ def gptq(W, H, scale, bits: int, block: int = 128):
     W, H, codes = W.float().clone(), H.clone(), torch.zeros_like(W, dtype=torch.float32)
     dead = H.diagonal() == 0  # an input that was never on: its weights do nothing
     H[dead, dead], W[:, dead] = 1, 0
-    U, s, m = inverse_factor(H), per_column(scale, W.shape[1]), 2 ** (bits - 1) - 1
+    U, s = inverse_factor(H), per_column(scale, W.shape[1])
     for start in range(0, W.shape[1], block):
         end = min(start + block, W.shape[1])
         errors = torch.zeros(len(W), end - start, device=W.device)
         for j in range(start, end):
-            codes[:, j] = (W[:, j] / s[:, j]).round().clamp(-m - 1, m)
+            codes[:, j] = nearest_code(W[:, j] / s[:, j], recipe)
             errors[:, j - start] = (W[:, j] - s[:, j] * codes[:, j]) / U[j, j]
             W[:, j:end] -= torch.outer(errors[:, j - start], U[j, j:end])
         W[:, end:] -= errors @ U[start:end, end:]
@@ -208,7 +225,7 @@ def inputs_hessian(point, forward, streams):
 
 
 @torch.no_grad()
-def gptq_weights(model, tokens, recipe: "Recipe") -> dict:
+def gptq_weights(model, tokens, recipe: Recipe) -> dict:
     """GPTQ layer by layer on `tokens` [N, T], keeping one state of the residual stream. Changes
     `model`; returns the scales by name. Raises ArithmeticError where H cannot be inverted."""
     config, scales = model.config, {}
@@ -224,9 +241,9 @@ def gptq_weights(model, tokens, recipe: "Recipe") -> dict:
                 H = inputs_hessian(getattr(half, point), run, streams)
                 weights = {f"blocks.{i}.{name}.{p}": getattr(half, p).weight for p in parts}
                 W, rows = torch.cat([*weights.values()]), [len(W) for W in weights.values()]
-                scale = weight_scale(W, recipe.w, recipe.clip, recipe.group)
+                scale = torch.cat([recipe_scale(W, recipe) for W in weights.values()])
                 try:
-                    rounded = per_column(scale, W.shape[1]) * gptq(W, H, scale, recipe.w)
+                    rounded = per_column(scale, W.shape[1]) * gptq(W, H, scale, recipe)
                 except ArithmeticError as error:
                     raise ArithmeticError(f"GPTQ of {', '.join(weights)}: {error}") from error
                 for weight, new in zip(weights.values(), rounded.split(rows)):
@@ -238,54 +255,14 @@ def gptq_weights(model, tokens, recipe: "Recipe") -> dict:
 
 
 @torch.no_grad()
-def round_weights(model, recipe: "Recipe") -> dict:
+def round_weights(model, recipe: Recipe) -> dict:
     """RTN: every linear on its own. Changes `model`; returns its scales by name."""
     scales = {}
     for name, linear in tqdm(linears(model).items(), "round", leave=False, disable=None):
-        W = linear.weight
-        scales[name] = weight_scale(W, recipe.w, recipe.clip, recipe.group)
-        W.copy_(per_column(scales[name], W.shape[1]) * weight_codes(W, scales[name], recipe.w))
+        W, scales[name] = linear.weight, recipe_scale(linear.weight, recipe)
+        scale = per_column(scales[name], W.shape[1])
+        W.copy_(scale * nearest_code(W.float() / scale, recipe))
     return scales
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What quantize() is to do. Raises ValueError for what cannot be done."""
-
-    bits: str = "4-4-4"  # W-A-KV, each 2 to 8 or 16
-    method: str = "rtn"  # one of METHODS
-    clip: bool = True  # search for the scale of weights; without, their largest value decides
-    group: int = 0  # weights of a row that share a scale; 0: all of them
-    symmetric: bool = False  # round activations from -max to max, not from min to max
-    center_embed: bool = False  # quarot, spinquant: subtract embedding means, as the official code
-    seed: int = 0  # of the random rotations
-    steps: int = 100  # of SpinQuant
-    lr: float = 1.5  # of SpinQuant
-
-    def __post_init__(self):
-        parts = str(self.bits).split("-")
-        if len(parts) != 3 or not all(part in "2 3 4 5 6 7 8 16".split() for part in parts):
-            raise ValueError(f"bits {self.bits!r} must be W-A-KV, each 2 to 8 or 16, like 4-4-4")
-        if self.method not in METHODS:
-            raise ValueError(f"unknown method {self.method!r}: use one of {', '.join(METHODS)}")
-        if self.center_embed and not self.does("quarot"):
-            raise ValueError(f"only quarot and spinquant can center embeddings, not {self.method}")
-        for name in ("group", "steps", "lr", "seed"):
-            if not 0 <= getattr(self, name) < 2**63:
-                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
-
-    w, a, kv = (property(lambda self, i=i: int(self.bits.split("-")[i])) for i in range(3))
-
-    def does(self, method: str) -> bool:  # a method includes those before it
-        return METHODS.index(self.method) >= METHODS.index(method)
-
-    @property
-    def learns(self) -> bool:  # weights apart, is anything rounded?
-        return self.method == "spinquant" and min(self.a, self.kv) < 16
-
-    @property
-    def calibrates(self) -> bool:
-        return self.learns or self.does("gptq") and self.w < 16
 
 
 def bake_rotations(model, recipe: Recipe, calibration):

@@ -160,7 +160,10 @@ def test_a_quantized_file_from_elsewhere_is_refused(four_bit_file, run_dir, tmp_
         return dict(quantization=dict(state["quantization"], **changes))
 
     wrong = [
-        (dict(version=3), "version 3.*reads 2"),
+        (dict(version=3), "version 3.*reads version 2"),
+        (otherwise(format="mxfp4"), "version 2"),
+        (otherwise(format=["int"]), "version 2"),
+        (dict(version=3) | otherwise(format="mxfp4"), "does not fit"),
         (dict(config=wider), "does not fit"),
         (dict(weights={}), "fit"),
         (dict(config=dict(n_moons=3)), "n_moons"),
@@ -279,7 +282,9 @@ def test_eval_finds_what_is_wrong_before_it_measures(run_dir, four_bit_file, tmp
         with pytest.raises(SystemExit, match=words):
             evaluated(capsys, *argv)
         assert capsys.readouterr().out == ""
-    for argv in (["--calib", "x"], ["--methods", "gptq"], ["--symmetric"],
+    for argv in (["--calib", "x"], ["--bits", "none", "--methods", "gptq"], ["--symmetric", "--bits", "none"],
+                 ["--format", "fp4"], ["--format", "mxfp4", "--bits", "3-4-4"],
+                 ["--format", "nvfp4", "--w-group", "16"], ["--prompt", "a", "--symmetric"],
                  ["--prompt", "a", "--bits", "4-4-4"], ["--bits", "4-4-4", "--center-embed"],
                  ["--text", "x", "--seq-len", "2"]):
         with pytest.raises(SystemExit) as error:

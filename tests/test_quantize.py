@@ -17,13 +17,21 @@ from quantize import (
     gptq,
     inverse_factor,
     linears,
+    nearest_code,
     per_column,
     quantize,
     round_heads,
     round_tokens,
-    weight_codes,
     weight_scale,
 )
+
+
+def weight_codes(W, scale, bits):
+    return nearest_code(W / per_column(scale, W.shape[1]), Recipe(f"{bits}-16-16"))
+
+
+def gptq_codes(W, H, scale, bits, block=128):
+    return gptq(W, H, scale, Recipe(f"{bits}-16-16"), block)
 
 
 # Weights
@@ -221,7 +229,7 @@ def test_gptq_without_correlations_is_rounding():
     W = torch.randn(32, 200)
     for group in (0, 50):
         scale = weight_scale(W, 4, group=group)
-        assert torch.equal(gptq(W, torch.eye(200), scale, 4), weight_codes(W, scale, 4))
+        assert torch.equal(gptq_codes(W, torch.eye(200), scale, 4), weight_codes(W, scale, 4))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -230,7 +238,7 @@ def test_gptq_beats_rounding_on_its_calibration_inputs_with_codes_of_so_many_bit
         torch.manual_seed(seed)
         X, W = torch.randn(300, 64) @ torch.randn(64, 64), torch.randn(32, 64)
         scale, m = weight_scale(W, bits), 2 ** (bits - 1) - 1
-        codes = gptq(W, X.T @ X, scale, bits)
+        codes = gptq_codes(W, X.T @ X, scale, bits)
         assert torch.equal(codes, codes.round()) and codes.min() >= -m - 1 and codes.max() <= m
         error, rounding = (((scale * c - W) @ X.T).norm()
                            for c in (codes, weight_codes(W, scale, bits)))
@@ -241,7 +249,7 @@ def test_the_block_size_of_gptq_is_only_a_matter_of_speed():
     torch.manual_seed(0)
     X, W = torch.randn(500, 300), torch.randn(32, 300)
     scale = weight_scale(W, 4)
-    results = [gptq(W, X.T @ X, scale, 4, block) for block in (300, 128, 32)]
+    results = [gptq_codes(W, X.T @ X, scale, 4, block) for block in (300, 128, 32)]
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
@@ -249,7 +257,7 @@ def test_an_input_that_was_never_on_gets_no_weight():
     torch.manual_seed(0)
     X, W = torch.randn(300, 64), torch.randn(32, 64)
     X[:, [3, 50]] = 0
-    codes = gptq(W, X.T @ X, weight_scale(W, 4), 4)
+    codes = gptq_codes(W, X.T @ X, weight_scale(W, 4), 4)
     assert codes.isfinite().all() and (codes[:, [3, 50]] == 0).all() and codes[:, 4].any()
 
 
@@ -278,9 +286,9 @@ def test_gptq_goes_through_the_groups_in_order_each_with_those_before_it_rounded
         calibration, monkeypatch):
     model, calls = randomized(replace(SMALL, n_kv_head=2)), []
 
-    def note(W, H, scale, bits):
+    def note(W, H, scale, recipe):
         calls.append((W, H))
-        return gptq(W, H, scale, bits)
+        return gptq(W, H, scale, recipe)
 
     monkeypatch.setattr(Q, "gptq", note)
     q = quantize(model, Recipe("4-16-16", "gptq"), calibration)

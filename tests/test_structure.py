@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "muon": (),
     "nanoosp": ("model", "nanoosp"),
     "data": ("data", "nanoosp.files", "nanoosp.options"),
-    "quantize": ("model", "nanoosp.hadamard", "nanoosp.rotations"),
+    "quantize": ("model", "nanoosp.formats", "nanoosp.hadamard", "nanoosp.recipe", "nanoosp.rotations"),
     "eval": ("model", "quantize", "data"),
     "train": ("model", "muon", "eval", "data", "nanoosp"),
     "tools": (*BUDGETS, "data", "nanoosp", "tools"),

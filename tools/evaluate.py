@@ -1,6 +1,7 @@
 """python eval.py TARGET... measures models, or lets them write. Its help is eval.py's docstring."""
 
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from eval import (
     mean_loss,
     perplexity,
 )
+from nanoosp.formats import BLOCK
 from nanoosp.machine import peak_memory_gib, pick_device
 from nanoosp.options import command, fail, flag, option, parse
 from quantize import METHODS, Recipe, linears, quantize
@@ -49,13 +51,13 @@ class Options(RecipeOptions):
     plot: Path = option(None, "write figures there (pip install -r requirements-extra.txt)",
                         metavar="DIR")
 
-    bits: str = option(None, "also the loss with these bits of weights, activations, and keys and "
-                       "values: each 2 to 8 or 16, as 4-4-4 or 16-16-16,4-8-16,4-8-8,4-4-16,4-4-4",
-                       group="quantizing", metavar="W-A-KV,...")
+    bits: str = option(None, "the loss with these bits of weights, activations, and keys and "
+                       "values: each 2 to 8 or 16, as 16-16-16,4-8-16,4-8-8,4-4-16,4-4-4 (default: "
+                       "4-4-4; none: leave this out)", group="quantizing", metavar="W-A-KV,...")
     sweep: bool = option(False, "for --bits: weights of 8 to 3 bits, then activations of 8 to 4, "
                          "the rest left alone (the paper's Figure 4; --plot draws it)")
-    methods: str = option(None, f"with --bits: some of {','.join(METHODS)} (default: rtn,had)")
-    calib: Path = option(None, "with --bits: text to calibrate on (default: the training split)",
+    methods: str = option(None, f"some of {','.join(METHODS)} (default: rtn,had)")
+    calib: Path = option(None, "text to calibrate on (default: the training split)",
                          metavar="FILE")
     int4: bool = option(False, "compute with the packed weights of a four-bit file (CUDA; not "
                         "bit-equal)")
@@ -97,7 +99,7 @@ def main(argv=None):
 def check(opt) -> list[Recipe]:
     """The recipes that are asked for. Ends the program at the first option that cannot be, or that
     would do nothing."""
-    for name in ("text", "tasks", "as_published", "plot", "bits", "sweep"):
+    for name in ("text", "tasks", "as_published", "plot", *quantizing(opt)):
         if opt.prompt is not None and getattr(opt, name):
             fail(f"--prompt writes instead of measuring: leave out {flag(name)}")
     if opt.seq_len and not opt.text:
@@ -106,10 +108,13 @@ def check(opt) -> list[Recipe]:
         fail("--tasks measures no text: with --plot or --as-published, name one with --text")
     if opt.sweep and opt.bits:
         fail("--sweep chooses the bits itself: leave out --bits")
-    for name in ("methods", "calib", "no_clip", "w_group", "symmetric", "center_embed"):
-        if getattr(opt, name) and not (opt.bits or opt.sweep):
-            fail(f"{flag(name)} is for quantizing: say how, with --bits 4-4-4")
-    settings = opt.bits.split(",") if opt.bits else SWEEP * opt.sweep
+    for name in quantizing(opt):
+        if opt.bits == "none" and name != "bits":
+            fail(f"{flag(name)} is for quantizing, and --bits none leaves that out")
+    by_default = [] if opt.tasks and not opt.text and not quantizing(opt) else ["4-4-4"]
+    settings = SWEEP if opt.sweep else opt.bits.split(",") if opt.bits else by_default
+    if settings == ["none"]:
+        settings = []
     methods = (opt.methods or "rtn,had").split(",")
     for method in methods:
         if method not in METHODS:
@@ -117,12 +122,18 @@ def check(opt) -> list[Recipe]:
     try:
         recipes = [opt.recipe(bits, method) for bits in settings for method in methods]
     except ValueError as error:
-        fail(f"--bits: {error}")
+        fail(f"--bits --format: {error}")
     if opt.calib and not any(recipe.calibrates for recipe in recipes):
         fail("--calib does nothing for these --methods: only gptq, quarot and spinquant calibrate")
     if opt.center_embed and not any(recipe.center_embed for recipe in recipes):
         fail("--center-embed is for --methods quarot and spinquant")
     return recipes
+
+
+def quantizing(opt) -> list[str]:
+    """The names of the options for quantizing that were given."""
+    names = ("bits", "sweep", "methods", "calib", *RecipeOptions.__annotations__)
+    return [name for name in names if getattr(opt, name) != getattr(Options, name)]
 
 
 def load_target(path: Path, opt) -> Loaded:
@@ -190,6 +201,8 @@ def dataset_of(loaded: Loaded, opt):
 def measure_target(loaded: Loaded, dataset, tasks: list, recipes: list[Recipe], opt) -> dict:
     """All that is asked for of one target, as a row."""
     out = sys.stderr if opt.json else sys.stdout
+    if loaded.recipe and not quantizing(opt):
+        recipes = []  # it is quantized already
     calibrations = calibrate(loaded, recipes, opt.calib)  # may fail: not after hours of measuring
     row = dict(target=loaded.name, label=loaded.label)
     if dataset is not None:
@@ -199,7 +212,8 @@ def measure_target(loaded: Loaded, dataset, tasks: list, recipes: list[Recipe], 
         row |= measure_tasks(loaded, loaded.model, tasks, opt.batch_size)
         title = f"{loaded.name} ({loaded.label})"
         print(describe_tasks(title, row), end="\n\n", file=out, flush=True)
-    if recipes:
+    if recipes and (quantizing(opt) or math.isfinite(row["val_loss"])):
+        row["format"] = recipes[0].format
         row["quantized"] = measure_quantized(loaded, dataset, opt.batch_size, row.get("val_loss"),
                                              recipes, calibrations, tasks)
     return row
@@ -230,10 +244,13 @@ def calibrate(loaded: Loaded, recipes: list[Recipe], file=None) -> dict:
         raise ValueError(f"{loaded.path} is quantized already: start from the model that was "
                          "trained")
     for recipe in recipes:
-        for linear in linears(loaded.model).values() if recipe.group else ():
-            if linear.in_features % recipe.group:
-                raise ValueError(f"--w-group {recipe.group} does not divide the "
-                                 f"{linear.in_features} weights of a row")
+        group, name = recipe.group, "--w-group"
+        if recipe.format != "int":
+            group, name = BLOCK[recipe.format], f"a block of {recipe.format},"
+        for linear in linears(loaded.model).values() if group else ():
+            if linear.in_features % group:
+                raise ValueError(f"{name} {group} does not divide the {linear.in_features} weights "
+                                 "of a row")
     windows = {}  # those of a method do not depend on its bits: a text is tokenized once
     for recipe in recipes:
         if (recipe.method, recipe.calibrates) not in windows:
@@ -263,7 +280,7 @@ def report(rows: list[dict], opt) -> str:
     tables = []
     if "val_loss" in rows[0]:
         tables += [comparison(rows)] if len(rows) > 1 else []
-        tables += [quantized_table(rows)] if "quantized" in rows[0] else []
+        tables += [quantized_table(rows)] if any("quantized" in row for row in rows) else []
     if opt.tasks:
         tables.append(all_scores(rows))
     return "\n\n".join(tables) + "\n" if tables else ""

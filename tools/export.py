@@ -9,7 +9,7 @@ import torch
 import quantize as quantization
 from nanoosp.machine import peak_memory_gib, pick_device
 from nanoosp.options import command, fail, flag, option, parse
-from quantize import METHODS, Recipe, quantize
+from quantize import FORMATS, METHODS, Recipe, quantize
 from tools.huggingface import last_evaluation, save_llama
 from tools.loading import Loaded, load
 from tools.packed import save_packed
@@ -19,8 +19,11 @@ from tools.packed import save_packed
 class RecipeOptions:
     """The part of a Recipe that eval.py's command line has too."""
 
+    format: str = option("int", "of weights and activations: integers, or the 4-bit formats of "
+                         "hardware (default: int)", choices=FORMATS,
+                         group="variations of quantizing")
     no_clip: bool = option(False, "scale weights by their largest value, without search: the "
-                           "plain RTN", group="variations of quantizing")
+                           "plain RTN")
     w_group: int = option(0, "N weights of a row share a scale (default: the whole row)", low=0,
                           metavar="N")
     symmetric: bool = option(False, "round activations on a grid symmetric about 0, not on min "
@@ -31,7 +34,7 @@ class RecipeOptions:
     def recipe(self, bits: str, method: str, **others) -> Recipe:
         """Raises ValueError. Embeddings are centred only by methods that rotate them."""
         rotates = Recipe(bits, method).does("quarot")
-        return Recipe(bits, method, clip=not self.no_clip, group=self.w_group,
+        return Recipe(bits, method, self.format, clip=not self.no_clip, group=self.w_group,
                       symmetric=self.symmetric, center_embed=self.center_embed and rotates,
                       **others)
 

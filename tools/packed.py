@@ -1,4 +1,5 @@
-"""A file of four bits: two codes in a byte, and an fp32 scale for each row or group.
+"""A file of four bits: two codes in a byte, and the scales. Those of mxfp4 and nvfp4 have 8 bits, as
+in hardware; those of integers are fp32, one for each row or group.
 
     save_packed(quantize(model, recipe), path, options, data)     written by quantize.py --out
     packed_model(read_archive(path), path)                        bit for bit the same model
@@ -14,10 +15,27 @@ import torch.nn as nn
 
 from model import Config, Transformer
 from nanoosp.files import save_archive
-from quantize import Recipe, attach_ffn_hadamard, attach_rounding, linears, per_column, weight_codes
+from nanoosp.formats import BLOCK, E2M1, read_scale, stored_scale
+from quantize import Recipe, attach_ffn_hadamard, attach_rounding, linears, nearest_code, per_column
 
-VERSION = 2
+VERSIONS = {"int": 2, "mxfp4": 3, "nvfp4": 3}
 PACKING = "code + 8 as a nibble; the low nibble of a byte is the even column"
+
+
+def to_integer(codes, format: str):
+    """Codes as integers -8 ... 7. A number of E2M1 becomes its place in the table, with its sign;
+    its zero has none."""
+    if format == "int":
+        return codes
+    places = torch.bucketize(codes.abs(), torch.tensor(E2M1, device=codes.device))
+    return codes.sign() * places
+
+
+def from_integer(integers, format: str):
+    """What to_integer() was given."""
+    if format == "int":
+        return integers
+    return integers.sign() * torch.tensor(E2M1, device=integers.device)[integers.abs().long()]
 
 
 def pack(codes):
@@ -43,11 +61,18 @@ def save_packed(model, path: Path, options: dict, data: dict):
         raise ValueError(f"a file holds weights of 4 bits, not {recipe.w}")
     weights = {name: W.cpu() for name, W in model.state_dict().items()}
     scales = {name: scale.cpu() for name, scale in model.scales.items()}
-    codes = {name: pack(weight_codes(weights.pop(f"{name}.weight"), scale, 4))
-             for name, scale in scales.items()}
+    codes = {}
+    for name, scale in scales.items():
+        W = weights.pop(f"{name}.weight").float()
+        code = nearest_code(W / per_column(scale, W.shape[1]), recipe)
+        codes[name] = pack(to_integer(code, recipe.format))
     quantization = dict(bits=recipe.bits, method=recipe.method, symmetric=recipe.symmetric,
                         ffn_hadamard=recipe.does("had"), scales=scales)
-    state = dict(packing=PACKING, version=VERSION, config=asdict(model.config), weights=weights,
+    if recipe.format != "int":
+        scales = {name: stored_scale(scale, recipe.format) for name, scale in scales.items()}
+        quantization |= dict(format=recipe.format, scales=scales)
+    version = VERSIONS[recipe.format]
+    state = dict(packing=PACKING, version=version, config=asdict(model.config), weights=weights,
                  codes=codes, quantization=quantization, options=options, data=data)
     save_archive(state, path)
 
@@ -62,15 +87,18 @@ def packed_model(state, path, device="cpu", int4: bool = False) -> Transformer:
     if not isinstance(state, dict) or not all(
             isinstance(state.get(name), kind) for name, kind in kinds.items()):
         raise ValueError(f"{path} is a torch file, but not a quantized model of quantize.py")
-    if (state.get("version"), state["packing"]) != (VERSION, PACKING):
+    format = str(state["quantization"].get("format", "int"))
+    if (state.get("version"), state["packing"]) != (VERSIONS.get(format), PACKING):
         raise ValueError(f"{path} is of version {state.get('version')} or packed otherwise; this "
-                         f"code reads {VERSION}")
+                         f"code reads version 2 for integers, 3 for {' and '.join(BLOCK)}")
     try:
         model = _unpacked_model(state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} does not fit together ({reason}): write it again") from error
     model = model.requires_grad_(False).to(device).eval()
+    if int4 and model.recipe.format != "int":
+        raise ValueError(f"{path} is in {model.recipe.format}: the int4 kernel takes integers only")
     if int4:
         use_int4_kernel(model, state["codes"])
     return model
@@ -80,7 +108,11 @@ def _unpacked_model(state: dict) -> Transformer:
     """Raises all kinds of errors for contents that do not fit together."""
     quantization, weights = state["quantization"], dict(state["weights"])
     scales, symmetric = quantization["scales"], quantization["symmetric"]
-    recipe = Recipe(quantization["bits"], quantization["method"], symmetric=symmetric)
+    format = quantization.get("format", "int")
+    recipe = Recipe(quantization["bits"], quantization["method"], format, symmetric=symmetric)
+    if format != "int":
+        scales = {name: read_scale(byte, tensor, format)
+                  for name, (byte, tensor) in scales.items()}
     if recipe.w != 4 or quantization["ffn_hadamard"] is not recipe.does("had"):
         raise ValueError("what was done to it contradicts itself")
     if symmetric not in (True, False):
@@ -91,7 +123,7 @@ def _unpacked_model(state: dict) -> Transformer:
     if len({W.dtype for W in weights.values()}) > 1:
         raise ValueError("weights of several precisions")
     for name, packed in state["codes"].items():
-        codes, dtype = unpack(packed), weights["norm.gain"].dtype
+        codes, dtype = from_integer(unpack(packed), format), weights["norm.gain"].dtype
         W = per_column(scales[name], codes.shape[1]) * codes  # as quantize() computes it
         weights[f"{name}.weight"] = W.to(dtype)
     model = Transformer.from_weights(Config(**state["config"]), weights)

@@ -118,12 +118,18 @@ def comparison(rows: list[dict]) -> str:
 
 def quantized_table(rows: list[dict]) -> str:
     """For one setting of bits the paper's Table 4, for several its Table 2."""
+    rows = [row for row in rows if "quantized" in row]  # not what was quantized before
     settings = list(rows[0]["quantized"])
     if len(settings) == 1:
         return methods_table(rows, settings[0])
     groups = [settings[i : i + SETTINGS_PER_TABLE]
               for i in range(0, len(settings), SETTINGS_PER_TABLE)]
     return "\n\n".join(bits_table(rows, group) for group in groups)
+
+
+def format_name(rows: list[dict]) -> str:
+    """" in mxfp4", for the head of a table; nothing for integers."""
+    return "" if rows[0]["format"] == "int" else f" in {rows[0]['format']}"
 
 
 def methods_table(rows: list[dict], bits: str) -> str:
@@ -133,7 +139,7 @@ def methods_table(rows: list[dict], bits: str) -> str:
         results = [row["quantized"][bits][method] for row in rows]
         name = method if method == "rtn" else f"+ {method}"
         lines.append([name, *(f"{r['val_loss']:.4f} ({r['added']:+.4f})" for r in results)])
-    return table([f"loss at {bits}", *(row["target"] for row in rows)], lines)
+    return table([f"loss at {bits}{format_name(rows)}", *(row["target"] for row in rows)], lines)
 
 
 def bits_table(rows: list[dict], settings: list[str]) -> str:
@@ -144,7 +150,7 @@ def bits_table(rows: list[dict], settings: list[str]) -> str:
             added = [row["quantized"][bits][method]["added"] for bits in settings]
             lines.append([row["target"], method, f"{row['val_loss']:.4f}",
                           *(f"{x:+.4f}" for x in added)])
-    return table(["loss added by W-A-KV bits", "method", "exact", *settings], lines)
+    return table([f"loss added by W-A-KV bits{format_name(rows)}", "method", "exact", *settings], lines)
 
 
 def all_scores(rows: list[dict]) -> str:

@@ -1,0 +1,56 @@
+"""A Recipe says what quantize.py is to do with a model."""
+
+from dataclasses import dataclass
+
+from nanoosp.formats import BLOCK
+
+METHODS = ("rtn", "had", "gptq", "quarot", "spinquant")  # each does what those before it do
+FORMATS = ("int", *BLOCK)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What quantize() is to do. Raises ValueError for what cannot be done."""
+
+    bits: str = "4-4-4"  # W-A-KV, each 2 to 8 or 16
+    method: str = "rtn"  # one of METHODS
+    format: str = "int"  # of weights and activations: int, mxfp4 or nvfp4
+    clip: bool = True  # search for the scale of weights; without, their largest value decides
+    group: int = 0  # weights of a row that share a scale; 0: all of them
+    symmetric: bool = False  # round activations from -max to max, not from min to max
+    center_embed: bool = False  # quarot, spinquant: subtract embedding means, as the official code
+    seed: int = 0  # of the random rotations
+    steps: int = 100  # of SpinQuant
+    lr: float = 1.5  # of SpinQuant
+
+    def __post_init__(self):
+        parts = str(self.bits).split("-")
+        if len(parts) != 3 or not all(part in "2 3 4 5 6 7 8 16".split() for part in parts):
+            raise ValueError(f"bits {self.bits!r} must be W-A-KV, each 2 to 8 or 16, like 4-4-4")
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}: use one of {', '.join(METHODS)}")
+        if self.format not in FORMATS:
+            raise ValueError(f"unknown format {self.format!r}: use one of {', '.join(FORMATS)}")
+        if self.format != "int" and not {self.w, self.a} <= {4, 16}:
+            raise ValueError(f"{self.format} is a format of 4 bits: in {self.bits}, W and A must be "
+                             "4 or 16")
+        if self.format != "int" and (self.group or self.symmetric or not self.clip):
+            raise ValueError(f"{self.format} has its own scales: they cannot be chosen")
+        if self.center_embed and not self.does("quarot"):
+            raise ValueError(f"only quarot and spinquant can center embeddings, not {self.method}")
+        for name in ("group", "steps", "lr", "seed"):
+            if not 0 <= getattr(self, name) < 2**63:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+
+    w, a, kv = (property(lambda self, i=i: int(self.bits.split("-")[i])) for i in range(3))
+
+    def does(self, method: str) -> bool:  # a method includes those before it
+        return METHODS.index(self.method) >= METHODS.index(method)
+
+    @property
+    def learns(self) -> bool:  # weights apart, is anything rounded?
+        return self.method == "spinquant" and min(self.a, self.kv) < 16
+
+    @property
+    def calibrates(self) -> bool:
+        return self.learns or self.does("gptq") and self.w < 16
