@@ -222,14 +222,14 @@ def kurtosis_as_published(model, data, n_tokens: int = 16384) -> dict:
 
 
 @torch.no_grad()
-def loud_window(model, data, state: int) -> torch.Tensor:
-    """|x| / median of one window at a state of the residual stream, [T, D], for a figure."""
-    window = torch.from_numpy(data.windows(data.evaluation_windows(1)))[:, :-1]
+def states_of_a_window(model, data, n_tokens: int = 256) -> torch.Tensor:
+    """The residual stream of one window, [L + 1, T, D], at most n_tokens long, for figures."""
+    window = torch.from_numpy(data.windows(data.evaluation_windows(1)))[:, :-1][:, :n_tokens]
     seen = []
-    module = sites(model)["residual stream"][state]
-    with hooked([(module, lambda module, inputs, x: seen.append(x[0].float().abs().cpu()))]):
+    hook = lambda module, inputs, x: seen.append(x[0].float().cpu())
+    with hooked([(module, hook) for module in sites(model)["residual stream"]]):
         model(window.to(model.embed.weight.device))
-    return seen[0] / seen[0].median()
+    return torch.stack(seen)
 
 
 # Attention sinks: heads that look at the first token, whatever it is

@@ -15,7 +15,6 @@ The machinery is in nanoosp/: the run's directory, ranks, signals.
 """
 
 import importlib
-import json
 import math
 import sys
 import time
@@ -33,7 +32,7 @@ from muon import make_optimizers
 from nanoosp.machine import Ranks, StopSignal, freeze_garbage, peak_memory_gib, pick_device, say
 from nanoosp.options import command, fail, fill, option, parse
 from nanoosp.run import Run, RunOptions, check_options, micro_batch_size, restore, resume
-from nanoosp.summary import optimizer_table, run_summary
+from nanoosp.summary import optimizer_table
 
 # Shape and schedule. Learning rates of tiny and toy come from sweeps (results/README.md), of small
 # from their trend with width, of 1.4b from the paper (App. A.1). micro: micro-batch for 80 GB.
@@ -251,9 +250,8 @@ def main(argv=None):
     with Ranks.start(opt.device) as ranks:
         summary = train(opt, state, ranks)
         summary["wall_s"] = time.perf_counter() - began
-        if ranks.first:
-            is_osp = OSP.items() <= vars(opt).items()
-            print(json.dumps(summary) if opt.json else run_summary(summary, is_osp))
+        if ranks.first:  # print it, beside that of the run to compare it with
+            importlib.import_module("tools.compare").finish(opt, summary)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class RunOptions:
     json: bool = option(False, "the summary as one JSON line on stdout, everything else on stderr",
                         launch=True)
 
-    ablation: bool = option(False, "train the six rows of the paper's Table 2, tabulate and draw them",
+    ablation: bool = option(False, "train the six rows of the paper's Table 2 and a hot Adam, tabulate and draw them",
                             launch=True, group="instead of one run")
     full: bool = option(False, "with --ablation: all 12 combinations, also those the paper lacks",
                         launch=True)

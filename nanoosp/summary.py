@@ -1,6 +1,4 @@
-"""Tables of text, and what train.py prints before and after a run."""
-
-import os
+"""Tables of text, and the one that train.py prints before a run."""
 
 
 def table(head, rows, markdown: bool = False) -> str:
@@ -28,21 +26,3 @@ def optimizer_table(optimizers) -> str:
             name = type(optimizer).__name__
             rows.append([group["role"], name, *rates, len(group["params"]), f"{n:,}"])
     return table(["role", "optimizer", "lr", "decay", "tensors", "parameters"], rows)
-
-
-def run_summary(r: dict, is_osp: bool) -> str:
-    """The last lines of a run, from the result of train()."""
-    bits = f" = {r['bits_per_byte']:.4f} bits per byte" if r["bits_per_byte"] else ""
-    rtn, had = (r["quantized"]["4-4-4"][method]["val_loss"] for method in ("rtn", "had"))
-    lines = {
-        "validation loss": f"{r['val_loss']:.4f} nats per token{bits}",
-        "excess kurtosis": f"{r['kurtosis']:.3f} (perfectly Gaussian activations: "
-                           f"{r['kurtosis_floor']:.3f})",
-        "loss at 4-4-4 bits": f"{rtn:.4f} rounded to nearest, {had:.4f} with a Hadamard in the "
-                              "FFN (quantize.py)",
-        "speed": f"{r['tokens_per_s']:,.0f} tokens/s in training, {r['wall_s']:.0f} s in all",
-        "peak memory": f"{r['peak_memory_gib']:.2f} GiB",
-        "run directory": os.path.relpath(r["run"]),
-        "to compare": "the same command, " + ("without --osp: plain Adam" if is_osp else "with --osp"),
-    }
-    return "\n".join(["", *(f"{name:<19}{text}" for name, text in lines.items())])

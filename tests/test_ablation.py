@@ -24,9 +24,10 @@ from nanoosp.run import label
 from tools import ablation
 
 TRAIN = Path(train.__file__)
-SIX = ["Adam", "Muon-only", "Muon", "Muon + SSNorm", "Muon + EmbProj", "OSP"]
-THREE = ablation.TABLE_2[:3]  # rows, where it is not the rows that matter
-DIRECTORIES = ["adam", "muon-only", "muon", "muon-ssnorm", "muon-embproj", "osp"]
+SEVEN = ["Adam (0.01)", "Adam, hot (0.02)", "Muon-only (0.01)", "Muon (0.01)",
+         "Muon + SSNorm (0.01)", "Muon + EmbProj (0.01)", "OSP (0.01)"]
+THREE = ablation.TABLE_2[:1] + ablation.TABLE_2[2:4]  # rows, where it is not the rows that matter
+DIRECTORIES = ["adam", "adam-hot", "muon-only", "muon", "muon-ssnorm", "muon-embproj", "osp"]
 
 
 class ForkedRow:
@@ -121,8 +122,8 @@ def test_a_killed_ablation_goes_on_and_repeats_no_finished_row(
     text = output.read_text()
     assert "adam-s0: finished, 30 steps" in text and "muon-s0: at step 10 of 30" in text
     lines = (out / "table.md").read_text().splitlines()[2:]
-    assert [line.split("|")[1].strip() for line in lines] == SIX[:3]
-    for row in DIRECTORIES[:3]:
+    assert [line.split("|")[1].strip() for line in lines] == [SEVEN[0], *SEVEN[2:4]]
+    for row in ("adam", "muon-only", "muon"):
         assert set(read_log(out / f"{row}-s0")[0]) == set(range(1, 31))
     assert (out / "figures/layers.png").exists() and "wrote" in text
 
@@ -143,12 +144,12 @@ def test_the_printed_commands_are_those_of_ordinary_runs(
     train.main([*small_run, "--ablation", "--steps", "2", "--seed", "3", "--no-compile",
                 "--out", out])
     printed = re.findall(r"^\$ (.*)$", capsys.readouterr().out, re.M)
-    assert len(printed) == 6
+    assert len(printed) == 7
     lines = (tmp_path / "a/table.md").read_text().splitlines()[2:]
-    assert [line.split("|")[1].strip() for line in lines] == SIX
+    assert [line.split("|")[1].strip() for line in lines] == SEVEN
     assert sorted(path.name for path in (tmp_path / "a").glob("*-s3")) == sorted(
         f"{name}-s3" for name in DIRECTORIES)
-    python, script, *options = shlex.split(printed[3])
+    python, script, *options = shlex.split(printed[4])
     assert [python, script] == ["python", "train.py"]
     assert options[:5] == ["--optimizer", "muon", "--norm", "ss", "--no-embproj"]
     assert options[-4:] == ["--seed", "3", "--out", f"{out}/muon-ssnorm-s3"]
@@ -161,9 +162,11 @@ def test_the_printed_commands_are_those_of_ordinary_runs(
 
 def test_the_full_ablation_has_all_combinations(small_run, tmp_path):
     argv = [*small_run, "--ablation", "--full", "--seeds", "2", "--out", str(tmp_path / "a")]
-    rows = ablation.plan(parse(train.Options, "", argv), tmp_path / "a")
+    rows = ablation.plan(parse(train.Options, "", [*argv, "--preset", "tiny"]), tmp_path / "a")
     labels = {label(vars(parse(train.Options, "", row.options))) for row in rows}
-    assert len(rows) == len({row.directory for row in rows}) == 24 and len(labels) == 12
+    assert len(rows) == len({row.directory for row in rows}) == 26 and len(labels) == 12
+    hot = [row for row in rows if row.hot]
+    assert [row.options[row.options.index("--lr") + 1] for row in hot] == ["0.02", "0.02"]
     assert {row.directory.name[-3:] for row in rows} == {"-s0", "-s1"}
 
 
@@ -228,7 +231,7 @@ def test_rows_train_side_by_side_each_on_a_gpu_of_its_own(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
     monkeypatch.setitem(sys.modules, "tools.plot", None)
-    monkeypatch.setattr(ablation, "TABLE_2", ablation.TABLE_2[:5])
+    monkeypatch.setattr(ablation, "TABLE_2", ablation.TABLE_2[1:6])
     options = [*small_run, "--ablation", "--steps", "40", "--eval-every", "40",
                "--out", str(tmp_path / "a")]
     train.main([*options, "--gpus", "3"])
@@ -248,6 +251,7 @@ def test_rows_train_side_by_side_each_on_a_gpu_of_its_own(
 def test_when_one_of_several_rows_fails_the_others_are_saved(
         small_run, tmp_path, capsys, forked, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(ablation, "TABLE_2", THREE)
     (tmp_path / "a/muon-only-s0").mkdir(parents=True)
     (tmp_path / "a/muon-only-s0/log.jsonl").write_text("someone else's\n")
     code, _ = ends([*small_run, "--ablation", "--steps", "9000", "--gpus", "2",
@@ -288,7 +292,7 @@ def test_figures_are_drawn(dataset_dir, tmp_path, capsys):
     figures = tmp_path / "f"
     evaluation.main([str(run), str(run), "--plot", str(figures)])
     assert {path.name for path in figures.iterdir()} == {
-        "activations.png", "curves.png", "layers.png", "sinks.png"}
+        "grid.png", "activations.png", "curves.png", "layers.png", "sinks.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in figures.iterdir())
 
 

@@ -19,10 +19,10 @@ from eval import (
     gaussian_floor,
     generate,
     kurtosis_as_published,
-    loud_window,
     published_floor,
     published_kurtosis,
     sites,
+    states_of_a_window,
     strongest_sink,
 )
 from model import Config, Transformer
@@ -127,14 +127,15 @@ def test_a_planted_channel_is_found_where_it_was_planted(val):
     assert r["kurtosis"] > 1 and r["kurtosis_per_layer"][0] > clean["kurtosis_per_layer"][0] + 1
 
 
-def test_the_window_of_a_figure_is_one_states_activations_over_their_median(val):
+def test_the_window_of_a_figure_is_the_residual_stream_in_all_its_states(val):
     model, found = model_with(), []
     window = torch.from_numpy(val.windows(val.evaluation_windows(1)))[:, :-1]
-    handle = model.blocks[1].register_forward_hook(lambda m, i, x: found.append(x[0].abs()))
+    handle = model.blocks[1].register_forward_hook(lambda m, i, x: found.append(x[0]))
     model(window)
     handle.remove()
-    shown = loud_window(model, val, 2)
-    assert shown.shape == (32, 32) and torch.allclose(shown, found[0] / found[0].median())
+    shown = states_of_a_window(model, val)
+    assert shown.shape == (len(model.blocks) + 1, 32, 32) and torch.equal(shown[2], found[0])
+    assert torch.allclose(states_of_a_window(model, val, 7), shown[:, :7], atol=1e-5)
 
 
 def test_a_planted_sink_is_found_in_its_head_only(val):

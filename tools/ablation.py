@@ -1,10 +1,11 @@
 """The ablation: train the rows of the paper's Table 2, measure them, tabulate and draw them.
 
-    python train.py --ablation                      six rows, one after the other
+    python train.py --ablation                      seven rows, one after the other
     python train.py --ablation --full --seeds 3     all 12 combinations, three seeds each
     python train.py --ablation --gpus 4             four rows at a time, each on a GPU of its own
 
-Every row is an ordinary run of train.py, in a process and a directory of its own. Its command is
+The seventh row is Adam once more, hot: at twice its rate. It trains nearly as well, and shows what
+the learning rate does to outliers. Every row is an ordinary run of train.py, in a process and a directory of its own. Its command is
 printed. Other options of train.py are passed on to all rows. The same command again goes on where
 it was stopped: it keeps finished rows and measurements, and resumes unfinished rows.
 """
@@ -34,28 +35,31 @@ from quantize import Recipe
 from tools.evaluate import measure, measure_quantized
 from tools.loading import load
 
-TABLE_2 = [  # optimizer, norm, embproj: the rows of the paper, in its order
-    ("adam", "rms", False),
-    ("muon-only", "rms", False),
-    ("muon", "rms", False),
-    ("muon", "ss", False),
-    ("muon", "rms", True),
-    ("muon", "ss", True),
+TABLE_2 = [  # optimizer, norm, embproj, hot: the rows of the paper, in its order, and a hot Adam
+    ("adam", "rms", False, False),
+    ("adam", "rms", False, True),
+    ("muon-only", "rms", False, False),
+    ("muon", "rms", False, False),
+    ("muon", "ss", False, False),
+    ("muon", "rms", True, False),
+    ("muon", "ss", True, False),
 ]
 NOT_IN_THE_PAPER = [
-    ("adam", "ss", False),
-    ("adam", "rms", True),
-    ("adam", "ss", True),
-    ("muon-only", "ss", False),
-    ("muon-only", "rms", True),
-    ("muon-only", "ss", True),
+    ("adam", "ss", False, False),
+    ("adam", "rms", True, False),
+    ("adam", "ss", True, False),
+    ("muon-only", "ss", False, False),
+    ("muon-only", "rms", True, False),
+    ("muon-only", "ss", True, False),
 ]
+HOT = 2  # a hot row's learning rate, in units of what it would otherwise be
 OWN_OPTIONS = {"ablation", "full", "seeds", "gpus", "seed", "out", "json"}  # not those of a row
 
 
 @dataclass
 class Row:
     directory: Path
+    hot: bool
     options: list[str]  # of train.py
     step: int | None  # that its checkpoint has reached; None: it has not begun
     steps: int
@@ -67,12 +71,12 @@ def main(argv=None):
     opt = parse(train.Options, train.__doc__, argv)
     check(opt)
     device, out = pick_device(opt.device), sys.stderr if opt.json else sys.stdout
-    preset = opt.preset or ("toy" if device == "cuda" else "tiny")
+    preset = opt.preset = opt.preset or ("toy" if device == "cuda" else "tiny")
     name = f"ablation-{Path(opt.data or 'shakespeare').name}-{preset}"
     base = Path(opt.out or ROOT / "runs" / name)
     rows = plan(opt, base)
     train_rows(rows, opt.gpus or 1, shlex.join(["python", "train.py", *argv]), out)
-    results = [measured(row.directory, device) for row in rows]
+    results = [measured(row, device) for row in rows]
     text = ablation_table(results)
     write_text(base / "table.md", text + "\n")
     print(json.dumps(results) if opt.json else f"\n{text}\n\n{base / 'table.md'}")
@@ -108,26 +112,28 @@ def check(opt):
 
 def plan(opt, base: Path) -> list[Row]:
     """All rows. Ends the program if their options, or what they were started with, do not fit."""
+    adam_rate = opt.lr or train.PRESETS[opt.preset]["adam_lr"]
     given = {f.name: getattr(opt, f.name) for f in fields(opt)
              if f.name not in OWN_OPTIONS and getattr(opt, f.name) != f.default}
     rows, first_seed = [], opt.seed or 0
     for seed in range(first_seed, first_seed + (opt.seeds or 1)):
-        for optimizer, norm, embproj in TABLE_2 + NOT_IN_THE_PAPER * opt.full:
+        for optimizer, norm, embproj, hot in TABLE_2 + NOT_IN_THE_PAPER * opt.full:
             parts = dict(optimizer=optimizer, norm=norm, embproj=embproj)
-            directory, step = base / f"{slug(parts)}-s{seed}", None
+            own = given | dict(lr=HOT * adam_rate) if hot else given
+            directory, step = base / f"{slug(parts)}{'-hot' * hot}-s{seed}", None
             path = os.path.relpath(directory)
             if (directory / "ckpt.pt").exists():
-                row_options = ["--resume", path, *typed(given)]
+                row_options = ["--resume", path, *typed(own)]
                 row = parse(train.Options, train.__doc__, row_options)
                 step = resume(row)["step"]
                 if step > row.steps:
                     fail(f"{directory} has {step} steps already: give --steps {step}, or another "
                          "--out")
             else:
-                row_options = typed(parts | given | dict(seed=seed, out=path))
+                row_options = typed(parts | own | dict(seed=seed, out=path))
                 row = parse(train.Options, train.__doc__, row_options)
                 train.resolve(row)
-            rows.append(Row(directory, row_options, step, row.steps))
+            rows.append(Row(directory, hot, row_options, step, row.steps))
     return rows
 
 
@@ -232,20 +238,21 @@ def load_row(directory: Path, device: str):
     return loaded
 
 
-def measured(directory: Path, device: str) -> dict:
+def measured(row: Row, device: str) -> dict:
     """What eval.py measures of a finished row. It is kept beside the row and made only once."""
-    path = directory / "eval.json"
-    if path.exists() and path.stat().st_mtime > (directory / "ckpt.pt").stat().st_mtime:
+    path = row.directory / "eval.json"
+    if path.exists() and path.stat().st_mtime > (row.directory / "ckpt.pt").stat().st_mtime:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged or an older version's
             result = json.loads(path.read_text(encoding="utf-8"))
             ablation_table([result])
             return result
-    loaded = load_row(directory, device)
+    loaded = load_row(row.directory, device)
     dataset = loaded.dataset()
     result = measure(loaded, dataset, as_published=True)
+    result |= dict(label=loaded.label + ", hot" * row.hot, lr=loaded.options["lr"])
     recipes = [Recipe("4-4-4", method) for method in ("rtn", "had")]
     result["quantized"] = measure_quantized(loaded, dataset, None, result["val_loss"], recipes, {})
-    write_text(path, json.dumps(dict(result, path=str(directory))) + "\n")
+    write_text(path, json.dumps(dict(result, path=str(row.directory))) + "\n")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -263,19 +270,19 @@ def ablation_table(results: list[dict]) -> str:
     """Markdown, one line a configuration: the mean over seeds, and their standard deviation."""
     groups = {}
     for result in results:
-        groups.setdefault(result["label"], []).append(result)
+        groups.setdefault(f"{result['label']} ({result['lr']:g})", []).append(result)
     seeds = len(next(iter(groups.values())))
     head = [
-        f"model, {seeds} seed(s)", "validation loss", "bits per byte",
+        f"model (learning rate), {seeds} seed(s)", "validation loss", "bits per byte",
         f"excess kurtosis (Gaussian {results[0]['kurtosis_floor']:.3f})",
         f"as published (Gaussian {results[0]['kurtosis_as_published_floor']:.3f})",
-        "largest activation / median", "loss at 4-4-4", "the same with an FFN Hadamard",
+        "largest activation / median", "4-4-4 adds", "with a Hadamard in the FFN",
     ]
     lines = []
     for label, group in groups.items():
         largest = [max(state["ratio"] for state in r["largest"]) for r in group]
         bits = [r["bits_per_byte"] for r in group]
-        plain, rotated = ([r["quantized"]["4-4-4"][method]["val_loss"] for r in group]
+        plain, rotated = ([r["quantized"]["4-4-4"][method]["added"] for r in group]
                           for method in ("rtn", "had"))
         lines.append([
             label,

@@ -2,23 +2,26 @@
 
 Needs matplotlib (requirements-extra.txt).
 
+    grid.png             the loudest token's channels, and the 16 values that 4 bits leave for them
     activations.png      |activation| over tokens x channels, where it stands out most (Figure 2)
     curves.png           loss and kurtosis against training tokens, from the logs (Figures 3 and 7)
     layers.png           kurtosis of every state of the residual stream
     sinks.png            q.k logits on the first token and elsewhere, in the head that looks at the
                          first token most (Figure 6)
-    learning_rates.png   kurtosis and loss against the learning rate, if the targets differ in it
+    learning_rates.png   kurtosis and loss against the learning rate, if one of the configurations has
+                         three rates
     bits.png             loss against bits of weights and of activations, with --sweep (Figure 4)
 
-The numbers are those of the paper's figures.
+The numbers are those of the paper's figures. grid.png and activations.png show all models in the same
+state of the residual stream, the one in which some model has the highest kurtosis.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from eval import attention_sinks, loud_window, strongest_sink
+from eval import attention_sinks, states_of_a_window, strongest_sink
 from nanoosp.files import read_log, require
 
 require("matplotlib", "drawing figures").use("Agg")  # write files, open no window
@@ -34,6 +37,7 @@ STYLES = {
     "Muon + SSNorm": ("#56b4e9", ":", "D"),
     "Muon + EmbProj": ("#009e73", "--", "v"),
     "OSP": ("#0072b2", "-", "*"),
+    "Adam, hot": ("#7f3800", "--", "P"),
 }
 OTHERS = [("#444444", line, marker)
           for line, marker in zip(["-", "--", "-.", ":", "-", "--"], "PXhd<>")]
@@ -48,8 +52,7 @@ class Picture:
     options: dict  # how it was trained
     row: dict  # what was measured
     log: list[dict]
-    state: int  # of the residual stream, the one with the highest kurtosis
-    activations: torch.Tensor  # [T, D], |x| over its median, of one validation window at that state
+    states: torch.Tensor  # [L + 1, T, D], the residual stream of one validation window
     head: tuple[int, int]  # (layer, head) with the strongest sink
     share: float  # of its attention, on the first token
     logits: dict  # of that head: `counts` [2][bins], on the first token and on others; `bins`
@@ -58,20 +61,31 @@ class Picture:
     def of(cls, loaded, row: dict, dataset) -> "Picture":
         """Measure what is drawn but not in `row`, which is tools.evaluate.measure's."""
         run = loaded.path if loaded.path.is_dir() else loaded.path.parent
-        by_layer = row["kurtosis_per_layer"]
-        state = by_layer.index(max(by_layer))
         layer, head = strongest_sink(row["sinks"])
         return cls(
-            name=loaded.name, label=loaded.label, options=loaded.options, row=row,
-            log=read_log(run / "log.jsonl"),
-            state=state, activations=loud_window(loaded.model, dataset, state),
+            name=loaded.name, label=row["label"], options=loaded.options, row=row,
+            log=read_log(run / "log.jsonl"), states=states_of_a_window(loaded.model, dataset),
             head=(layer, head), share=row["sinks"]["share"][layer][head],
             logits=attention_sinks(loaded.model, dataset, histogram=(layer, head)),
         )
 
 
 def style(label: str):
-    return STYLES.get(label) or OTHERS[sum(map(ord, label)) % len(OTHERS)]
+    """(color, line, marker). "Adam, 0.002" has Adam's color, with a line and a marker of its own."""
+    color, line, marker = OTHERS[sum(map(ord, label)) % len(OTHERS)]
+    base = STYLES.get(label.split(",")[0])
+    return STYLES.get(label) or (base[0] if base else color, line, marker)
+
+
+def worst_state(pictures: list[Picture]) -> int:
+    """The state of the residual stream in which one of the models has the highest kurtosis."""
+    by_layer = [max(values) for values in zip(*(p.row["kurtosis_per_layer"] for p in pictures))]
+    return by_layer.index(max(by_layer))
+
+
+def letter(axis, i: int, title: str = ""):
+    """A title above a panel, with the panel's letter."""
+    axis.set_title(f"({'abcdefghijkl'[i]}) {title}".rstrip(), fontsize=10, loc="left")
 
 
 def panels(n: int, width=4.2, height=3.2):
@@ -108,48 +122,64 @@ def legend_above(figure, axis):
                   frameon=False)
 
 
-def draw_front(series: list[tuple[str, list[dict]]], floor: float):
-    """Kurtosis alone, on a linear axis: the front page's figure. The last of `series` is thickest.
-
-    Args:
-        series: label, with the learning rate in it, and log of each run.
-    """
-    figure, (axis,) = panels(1, 7.4, 3.0)
-    for i, (label, log) in enumerate(series, start=1):
-        points = [record for record in log if "kurtosis" in record]
-        color, line, _ = style(label)
-        axis.plot([r["tokens"] / 1e6 for r in points], [r["kurtosis"] for r in points], color=color,
-                  linestyle=line, linewidth=3 if i == len(series) else 1.6,
-                  label=label.replace(",", ", learning rate"))
-    axis.axhline(floor, color="black", linewidth=1, linestyle=(0, (1, 2)),
-                 label=f"Gaussian vectors ({floor:.3f})")
-    axis.set_xlabel("training tokens (millions)")
-    axis.set_ylabel("excess kurtosis of the activations")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    return figure
-
-
 def state_name(i: int) -> str:
     return "embedding output" if i == 0 else f"output of block {i}"
 
 
-def draw_activations(shown: list[tuple[str, int, torch.Tensor]]):
-    """`shown`: (label, state of the residual stream, |activation| / median there [T, D])."""
+def loudest_token(states: torch.Tensor, state: int) -> torch.Tensor:
+    """[L + 1, T, D] -> [D]: the vector with the largest value at a state, over its root mean square."""
+    x = states[state]
+    x = x[x.abs().amax(dim=1).argmax()]
+    return x / x.square().mean().sqrt()
+
+
+def draw_grid(shown: list[tuple[str, torch.Tensor]], state: int):
+    """Why outliers cost bits: a token's channels, and below them the 16 values of 4 bits.
+
+    Args:
+        shown: label, and the loudest token's vector [D] in units of its root mean square.
+        state: of the residual stream, where they were taken.
+    """
+    figure, axes = plt.subplots(len(shown), 1, figsize=(7.4, 2.1 * len(shown)), sharex=True,
+                                squeeze=False, layout="constrained")
+    widest = max(x.abs().max().item() for _, x in shown)
+    for i, (axis, (label, x)) in enumerate(zip(axes[:, 0], shown)):
+        low, high = min(x.min().item(), 0), max(x.max().item(), 0)
+        step = (high - low) / 15
+        values = step * (torch.arange(16) - round(-low / step))  # those of round_tokens()
+        nearest = (x[:, None] - values).abs().argmin(dim=1)
+        fullest = nearest.bincount(minlength=16).sort(descending=True).values
+        color = style(label)[0]
+        axis.hist(x.numpy(), bins=torch.linspace(-widest, widest, 121).tolist(), color=color)
+        top = axis.get_ylim()[1]
+        axis.set_ylim(-0.28 * top, 1.05 * top)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.vlines(values, -0.22 * top, -0.04 * top, color="black", linewidth=1.6)
+        axis.set_yticks([])
+        axis.spines[["left", "right", "top"]].set_visible(False)
+        share = fullest[:2].sum().item() / len(x)
+        letter(axis, i, f"{label}: {share:.0%} of the channels become one of two values")
+    axes[-1, 0].set_xlabel(f"a channel of the loudest token ({state_name(state)}), in units of its root "
+                           "mean square;\nblack: the 16 values of 4 bits")
+    return figure
+
+
+def draw_activations(shown: list[tuple[str, torch.Tensor]], state: int):
+    """`shown`: (label, |activation| / median [T, D] at this state of the residual stream)."""
     figure, axes = panels(len(shown))
-    top = max(values.max().item() for _, _, values in shown)
+    top = max(values.max().item() for _, values in shown)
     colors = plt.get_cmap("inferno", 12)  # few colours make small files
-    for axis, (label, state, values) in zip(axes, shown):
+    for i, (axis, (label, values)) in enumerate(zip(axes, shown)):
         image = axis.imshow(values.clamp(min=1).numpy(), norm=LogNorm(1, top), cmap=colors,
                             aspect="auto", interpolation="nearest")
-        where = f"{label}: {state_name(state)}"
-        axis.set_title(f"{where}\nmaximum {values.max():.0f} x median", fontsize=10)
+        letter(axis, i, f"{label}: up to {values.max():.0f} medians")
         axis.set_xlabel("channel")
         axis.set_ylabel("token")
     ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if t <= top]
     bar = figure.colorbar(image, ax=axes, label="|activation| / median")
     bar.set_ticks(ticks, labels=[str(t) for t in ticks])
     bar.minorticks_off()
+    figure.suptitle(f"residual stream, {state_name(state)}", fontsize=10)
     return figure
 
 
@@ -171,8 +201,9 @@ def draw_curves(series: list[tuple[str, list[dict]]], floor: float, highest_loss
     left.set_ylim(top=highest_loss)
     left.grid(alpha=0.3)
     kurtosis_axis(right, floor)
-    for axis in (left, right):
+    for i, (axis, title) in enumerate(((left, "loss"), (right, "outliers"))):
         axis.set_xlabel("training tokens (millions)")
+        letter(axis, i, title)
     legend_above(figure, right)
     return figure
 
@@ -196,7 +227,7 @@ def draw_layers(series: list[tuple[str, list[float]]], floor: float):
 def draw_sinks(shown: list[tuple[str, tuple[int, int], float, dict]]):
     """`shown`: (label, (layer, head), its share of attention on the first token, its logits)."""
     figure, axes = panels(len(shown))
-    for axis, (label, (layer, head), share, logits) in zip(axes, shown):
+    for i, (axis, (label, (layer, head), share, logits)) in enumerate(zip(axes, shown)):
         edges = logits["bins"]
         centers = [(left + right) / 2 for left, right in zip(edges, edges[1:])]
         first, others = logits["counts"]
@@ -205,8 +236,8 @@ def draw_sinks(shown: list[tuple[str, tuple[int, int], float, dict]]):
             area = max(sum(counts), 1) * (edges[1] - edges[0])
             axis.plot(centers, [count / area for count in counts], color=color, linestyle=line,
                       label=name)
-        where = f"{label}: block {layer + 1}, head {head + 1}"
-        axis.set_title(f"{where}\n{share:.0%} of attention on the first token", fontsize=10)
+        letter(axis, i, f"{label}: block {layer + 1}, head {head + 1}\n"
+                        f"{share:.0%} of attention on the first token")
         axis.set_xlabel("logit q.k / sqrt(d)")
         axis.set_ylabel("density")
         axis.set_xlim(-12, 12)
@@ -241,8 +272,9 @@ def draw_learning_rates(points: dict[str, list[tuple[float, float, float]]], flo
     draw_points((left, right), points)
     kurtosis_axis(left, floor)
     right.set_ylabel("validation loss (nats per token)")
-    for axis in (left, right):
+    for i, (axis, title) in enumerate(((left, "outliers"), (right, "loss"))):
         axis.set_xlabel("peak learning rate")
+        letter(axis, i, title)
     left.legend(fontsize=8)
     return figure
 
@@ -271,6 +303,7 @@ def draw_bits(series: list[tuple[str, dict]]):
                 axis.plot(list(results), losses, color=color, linestyle=line, marker=marker,
                           markersize=5, linewidth=2 - i, alpha=1 - 0.4 * min(i, 1),
                           label=f"{label}, {method}")
+        letter(axis, place, name)
         axis.set_xlabel(f"bits of {name}, the rest at 16")
         axis.set_xticks(sorted(results))
         axis.invert_xaxis()
@@ -290,13 +323,20 @@ def save(figure, path: Path) -> Path:
 
 def draw_all(pictures: list[Picture], out: Path) -> list[Path]:
     """Write the figures that these models allow. Returns their paths."""
-    floor = pictures[0].row["kurtosis_floor"]
+    floor, rates = pictures[0].row["kurtosis_floor"], {}
+    for p in pictures:
+        rates.setdefault(p.label, set()).add(p.options.get("lr"))
+    pictures = [replace(p, label=f"{p.label}, {p.options['lr']:g}") if len(rates[p.label]) > 1 else p
+                for p in pictures]  # the same parts of OSP at several rates are several models
     first_of = {}
     for p in pictures:
         first_of.setdefault(p.label, p)
-    shown = list(first_of.values())[:6]  # one model of each configuration
+    shown = list(first_of.values())[:9]  # one model of each configuration
+    state = worst_state(pictures)
+    windows = [(p.label, p.states[state].abs()) for p in shown]
     figures = {
-        "activations": draw_activations([(p.label, p.state, p.activations) for p in shown]),
+        "grid": draw_grid([(p.label, loudest_token(p.states, state)) for p in shown], state),
+        "activations": draw_activations([(label, x / x.median()) for label, x in windows], state),
         "layers": draw_layers([(p.label, p.row["kurtosis_per_layer"]) for p in pictures], floor),
         "sinks": draw_sinks([(p.label, p.head, p.share, p.logits) for p in shown]),
     }
@@ -307,8 +347,8 @@ def draw_all(pictures: list[Picture], out: Path) -> list[Path]:
     for p in pictures:
         if "lr" in p.options:  # a model from elsewhere does not say
             point = p.options["lr"], p.row["kurtosis"], p.row["val_loss"]
-            points.setdefault(p.label, []).append(point)
-    if any(len({rate for rate, _, _ in group}) > 1 for group in points.values()):
+            points.setdefault(p.label.split(",")[0], []).append(point)
+    if any(len({rate for rate, _, _ in group}) > 2 for group in points.values()):
         figures["learning_rates"] = draw_learning_rates(points, floor)
     sweeps = [(p.label, p.row["quantized"]) for p in pictures
               if all(len(swept(p.row.get("quantized", {}), place)) > 1 for place in (0, 1))]

@@ -1,0 +1,126 @@
+"""The last lines of train.py: what the run reached, what four bits cost it, and what to compare it with.
+
+OSP is compared with plain Adam, and everything else with OSP. If that run lies beside this one, the two
+are printed side by side; if not, the command that makes it.
+"""
+
+import json
+import os
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import train
+from nanoosp.files import write_text
+from nanoosp.options import parse
+from nanoosp.run import label, remembered
+from nanoosp.summary import table
+from tools.ablation import typed
+
+PLAIN = dict(optimizer="adam", norm="rms", embproj=False)
+RATES = ("lr", "embed_lr")  # each optimizer has its own
+MACHINE = ("micro_batch_size",)  # changes no result beyond rounding
+
+
+def finish(opt, summary: dict):
+    """Keep `summary`, the result of train(), in the run's directory as summary.json, and print it."""
+    directory, options = Path(summary["run"]), remembered(opt)
+    write_text(directory / "summary.json", json.dumps(summary) + "\n")
+    print(json.dumps(summary) if opt.json else run_summary(summary, options, directory))
+
+
+def run_summary(summary: dict, options: dict, directory: Path) -> str:
+    """The last lines of a run with these options in this directory."""
+    bits = f" = {summary['bits_per_byte']:.4f} bits per byte" if summary["bits_per_byte"] else ""
+    rtn, had = added(summary)
+    lines = {
+        "validation loss": f"{summary['val_loss']:.4f} nats per token{bits}",
+        "excess kurtosis": f"{summary['kurtosis']:.3f} (perfectly Gaussian activations: "
+                           f"{summary['kurtosis_floor']:.3f})",
+        "4-4-4 bits add": f"{rtn:+.4f} to the loss, rounded to nearest; {had:+.4f} with a Hadamard in "
+                          "the FFN",
+        "speed": f"{summary['tokens_per_s']:,.0f} tokens/s in training, {summary['wall_s']:.0f} s in all",
+        "peak memory": f"{summary['peak_memory_gib']:.2f} GiB",
+        "run directory": os.path.relpath(directory),
+    }
+    found = find_sibling(options, directory)
+    if found is None:
+        lines["to compare"] = f"{sibling_command(options)}   ({label(sibling_method(options))})"
+    text = "\n".join(f"{name:<19}{words}" for name, words in lines.items())
+    return f"\n{text}" if found is None else f"\n{text}\n\n{side_by_side((options, summary), found)}"
+
+
+def added(summary: dict) -> list[float]:
+    """What 4-4-4 adds to the loss: rounded to nearest, and with a Hadamard in the FFN."""
+    results = summary["quantized"]["4-4-4"]
+    return [results[method]["val_loss"] - summary["val_loss"] for method in ("rtn", "had")]
+
+
+def side_by_side(*runs: tuple[dict, dict]) -> str:
+    """A table of (options, summary) of some runs."""
+    rows = []
+    for options, summary in runs:
+        rows.append([f"{label(options)}, learning rate {options['lr']:g}", f"{summary['val_loss']:.4f}",
+                     f"{summary['kurtosis']:.3f}", *(f"{loss:+.4f}" for loss in added(summary))])
+    head = ["this run, and the one beside it", "validation loss", "excess kurtosis", "4-4-4 adds",
+            "with a Hadamard"]
+    return table(head, rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# The sibling
+
+
+def sibling_method(options: dict) -> dict:
+    """Which parts of OSP the run has that this one is compared with."""
+    return PLAIN if train.OSP.items() <= options.items() else train.OSP
+
+
+def compared(options: dict) -> dict:
+    """The options that two runs must share to be compared."""
+    names = {f.name for f in fields(train.Options) if f.name in train.Options.__annotations__}
+    return {name: value for name, value in options.items()
+            if name in names - {*PLAIN, *RATES, *MACHINE}}
+
+
+def find_sibling(options: dict, directory: Path):
+    """(options, summary) of the newest finished run in the same folder to compare with, or None."""
+    paths = sorted(directory.parent.glob("*/summary.json"), key=lambda path: -path.stat().st_mtime)
+    for path in paths:
+        try:
+            theirs = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            same = compared(theirs) == compared(options) and summary["step"] == theirs["steps"]
+            if same and sibling_method(options).items() <= theirs.items():
+                side_by_side((theirs, summary))  # it has all that will be printed
+                return theirs, summary
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # another program's, or damaged
+    return None
+
+
+def sibling_command(options: dict) -> str:
+    """The command that trains the run to compare with, each optimizer at the rate of its preset."""
+    method = ["--osp"] if sibling_method(options) is train.OSP else []
+
+    def resolved(words):
+        opt = parse(train.Options, "", [*method, *words])
+        train.resolve(opt)
+        return vars(opt)
+
+    first = {name: options[name] for name in ("preset", "data", "device")}
+    others = compared(options).keys() - first
+    words = {}
+    for field in fields(train.Options):  # one after the other: steps decide what warmup would be
+        if field.name in others:
+            if resolved(typed(first | words))[field.name] != options[field.name]:
+                words[field.name] = options[field.name]
+    usual = resolved([])
+    has_text = options["preset"] in ("tiny", "toy")  # which the other presets must be given
+    first = {name: value for name, value in first.items()
+             if usual[name] != value or name == "data" and not has_text}
+    if "data" in first and Path(first["data"]).exists():
+        first["data"] = os.path.relpath(first["data"])
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    launcher = ["torchrun", "--nproc-per-node", str(ranks)] if ranks > 1 else ["python"]
+    return shlex.join([*launcher, os.path.relpath(train.__file__), *method, *typed(first | words)])
