@@ -332,6 +332,6 @@ def test_eval_errors_are_one_line(run_dir, tmp_path, capsys, monkeypatch):
 def test_figures_are_drawn(run_dir, tmp_path, capsys):
     evaluation.main([str(run_dir), str(run_dir), "--plot", str(tmp_path / "f")])
     paths = list((tmp_path / "f").iterdir())
-    names = {"activations.png", "curves.png", "layers.png", "sinks.png"}
+    names = {"grid.png", "activations.png", "curves.png", "layers.png", "sinks.png"}
     assert {path.name for path in paths} == names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
