@@ -4,6 +4,12 @@
 
     ablation_full/          all 12 combinations on Shakespeare, three seeds each
                             (runs.jsonl: command and measurement; logs.jsonl: training curves)
+    ablation_toy/           the seven rows of train.py --ablation --seeds 3 on toy, with GPTQ, QuaRot
+                            and the formats of hardware for three of them
+    decay/                  weight decay on Shakespeare and on books; loudest.jsonl is the front
+                            page's figure
+    embed_lr/               Muon with a slower embedding
+    rounding/               measure.py, and what it says of the weights of Adam and OSP
     knob/                   optimizers and OSP on Shakespeare against learning rate and training
                             length, one to three seeds
     adam_parts/             SSNorm and EmbProj for an Adam with outliers: tiny at twice its best
@@ -13,9 +19,8 @@
     speed/                  what --bench and the comparisons measured, one line each
     first_minute/*.txt      what the first commands printed
     learning_rates/*.jsonl  the sweeps, one line for each run: command, hardware, measurement
-    pair_toy/               figure 6: the logs of its two runs, and the output of eval.py
     four_bits/*.json        the loss that quantization adds: command, and output of eval.py --json
-    ablation_*/             eval.json and every tenth step of log.jsonl of train.py --ablation
+    ablation_tiny/          eval.json and every tenth step of log.jsonl of train.py --ablation
 
 A table stands on one of PAGES between <!-- table NAME --> and <!-- end -->. A test compares it with
 what this file makes.
@@ -50,7 +55,7 @@ BOOKS = {  # with their learning rates
     "books-muon": "Muon, 0.002",
     "books-osp": "OSP, 0.002",
 }
-ROWS = ("adam", "muon-only", "muon", "muon-ss", "muon-embproj", "muon-ss-embproj")  # the paper's
+ROWS = ("adam", "adam-hot", "muon-only", "muon", "muon-ssnorm", "muon-embproj", "osp")
 ADDED = ("added at 4-4-4, rtn", "had")  # heads of the two columns that both_added() fills
 KERNELS = {  # what a GPU's kernel is for, by words in its name; the first match counts
     "attention": "sdpa|flash|fmha|cudnn",
@@ -63,6 +68,8 @@ KERNELS = {  # what a GPU's kernel is for, by words in its name; the first match
     "weight casts, sums of gradients": r"to_copy(_t)?_\d+$|CUDAFunctor_add",
     "other": "",
 }
+FORMATS = ("int", "mxfp4", "nvfp4")
+FORMAT_METHODS = ("rtn", "had", "gptq", "quarot")
 TRACES_SHOWN = ("official", "init-sqrt-d", "init-inverse", "adamw", "frozen", "adam")
 
 
@@ -89,6 +96,14 @@ def records(path: str) -> list[dict]:
 
 def logs(folder: str) -> dict[str, list[dict]]:
     return {run["name"]: run["log"] for run in records(f"{folder}/logs.jsonl")}
+
+
+def grouped_by(lines: list[dict], *keys: str):
+    """(values of these keys, lines that have them), in the order in which they come."""
+    groups = {}
+    for line in lines:
+        groups.setdefault(tuple(line[key] for key in keys), []).append(line)
+    return groups.items()
 
 
 def grouped(runs: list[dict], *keys: str) -> dict[tuple, list[dict]]:
@@ -208,12 +223,86 @@ def loss_kurtosis_added(runs: list[dict]) -> list[list[str]]:
             for (label,), group in grouped(runs, "label").items()]
 
 
-def ablation_six() -> str:
-    """The paper's six rows, for the front page."""
-    runs = [run for run in records("ablation_full/runs.jsonl")
-            if run["name"].rsplit("-s", 1)[0] in ROWS]
-    return markdown(["", "validation loss", kurtosis_heads(runs)[0], "loss added by 4 bits",
-                     "with a Hadamard rotation"], loss_kurtosis_added(runs))
+def with_rate(run: dict) -> str:
+    """"Adam, hot (0.002)": the label of a run, and its learning rate."""
+    return f"{run['eval']['label']} ({run['lr']:g})"
+
+
+def ablation_seven() -> str:
+    """The paper's six rows and a hot Adam, for the front page."""
+    runs = records("ablation_toy/runs.jsonl")
+    rows = [[with_rate(group[0]), *cells] for group, (_, *cells)
+            in zip(grouped(runs, "label").values(), loss_kurtosis_added(runs))]
+    return markdown(["", "validation loss", kurtosis_heads(runs)[0], "4-4-4 adds",
+                     "with a Hadamard"], rows)
+
+
+def embed_lr() -> str:
+    """Muon with embedding and head at three rates; the first stands in the ablation."""
+    runs = records("ablation_toy/runs.jsonl") + records("embed_lr/runs.jsonl")
+    runs = [run for run in runs if run["eval"]["label"] == "Muon"]
+    rows = [[f"{rate:g}", *loss_kurtosis_added(group)[0][1:]]
+            for (rate,), group in grouped(runs, "embed_lr").items()]
+    return markdown(["AdamW's rate for embedding and head", "validation loss",
+                     kurtosis_heads(runs)[0], "4-4-4 adds", "with a Hadamard"], rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# Formats of 4 bits, weight decay, rounding
+
+
+def formats(runs: list[dict]) -> str:
+    """A row for each format and model, a column for each method: what 4-4-4 adds."""
+    groups = grouped([run for run in runs if "formats" in run["eval"]], "label", "lr")
+    rows = []
+    for name in FORMATS:
+        for group in groups.values():
+            def quantized(run, name=name):
+                e = run["eval"]
+                return (e["quantized"] if name == "int" else e["formats"][name])["4-4-4"]
+
+            cells = [spread(group, lambda run, m=method: quantized(run)[m]["added"], 4, sign=True)
+                     for method in FORMAT_METHODS]
+            best = spread(group, lambda run: min(quantized(run)[method]["val_loss"]
+                                                 for method in FORMAT_METHODS), 4)
+            loss = spread(group, of_eval("val_loss"), 4)
+            rows.append([name, with_rate(group[0]), loss, *cells, best])
+    return markdown(["format", "model (learning rate)", "validation loss", *FORMAT_METHODS,
+                     "best loss at 4 bits"], rows)
+
+
+def decay_runs(text: str) -> list[dict]:
+    """Those of Adam and OSP that differ in weight decay alone, by label and decay."""
+    runs = records("decay/runs.jsonl")
+    if text == "toy":  # a decay of 0.01 is the default: these runs stand in the ablation
+        runs += [run for run in records("ablation_toy/runs.jsonl")
+                 if run["eval"]["label"] in ("Adam", "OSP")]
+    runs = [run for run in runs if ("books" in run["name"]) == (text == "books")]
+    rate = {"Adam": 0.004 if text == "books" else 0.001, "OSP": 0.002 if text == "books" else 0.004}
+    runs = [run for run in runs if run["lr"] == rate[run["eval"]["label"]]]
+    return sorted(runs, key=lambda run: (run["eval"]["label"], run["weight_decay"]))
+
+
+def decay(text: str) -> str:
+    rows, runs = [], decay_runs(text)
+    columns = [(bits, method) for bits in ("4-16-16", "16-4-16", "4-4-4")
+               for method in ("rtn", "had", "gptq") if (bits, method) != ("16-4-16", "gptq")]
+    for (label, wd), group in grouped(runs, "label", "weight_decay").items():
+        cells = [spread(group, added(*column), 4, sign=True) for column in columns]
+        rows.append([with_rate(group[0]), f"{wd:g}", spread(group, of_eval("val_loss"), 4),
+                     spread(group, of_eval("kurtosis"), 2), *cells])
+    head = ["model (learning rate)", "weight decay", "validation loss", kurtosis_heads(runs)[0]]
+    return markdown([*head, *(f"{bits} {method}" for bits, method in columns)], rows)
+
+
+def rounding() -> str:
+    rows = []
+    for (label, wd), group in grouped_by(records("rounding/toy.jsonl"), "label", "weight_decay"):
+        values = [spread(group, lambda run, key=key: 100 * run[key], 1)
+                  for key in ("weight_error", "output_error", "stable_rank")]
+        rows.append([label, f"{wd:g}", *values])
+    return markdown(["", "weight decay", "error of a weight, %", "error of its output, %",
+                     "stable rank, % of the rank"], rows)
 
 
 def by_site(named: list[tuple[str, list[dict]]]) -> str:
@@ -403,13 +492,14 @@ def first_minute() -> str:
         for row in ("adam", "osp"):
             text = (HERE / f"first_minute/{name}-{row}.txt").read_text()
             shell_command = re.match(r"\$ (.*?)  ", text).group(1)
-            loss, bits = re.search(r"validation loss +(\S+) nats per token = (\S+)", text).groups()
+            loss = re.search(r"validation loss +(\S+) nats per token", text).group(1)
             kurtosis, floor = re.search(r"(?m)^excess kurtosis +(\S+) \(.*: (\S+)\)", text).groups()
+            costs = re.search(r"(?m)^4-4-4 bits add +(\S+) .*; (\S+) with", text).groups()
             speed, seconds = re.search(r"speed +(\S+) tokens/s in training, (\d+) s", text).groups()
-            rows.append([f"`{shell_command}`", f"{machine}, `{name}`", loss, bits, kurtosis, floor,
-                         speed, f"{seconds} s"])
-    return markdown(["command", "where", "validation loss", "bits per byte", "excess kurtosis",
-                     "Gaussian", "tokens/s", "time"], rows)
+            rows.append([f"`{shell_command}`", f"{machine}, `{name}`", loss, *costs, kurtosis,
+                         floor, speed, f"{seconds} s"])
+    return markdown(["command", "where", "validation loss", "4-4-4 adds", "with a Hadamard",
+                     "excess kurtosis", "Gaussian", "tokens/s", "time"], rows)
 
 
 def rates_tiny() -> str:
@@ -450,7 +540,13 @@ TABLES = {
     "books_bits": books_bits,
     "books_rates": books_rates,
     "first_minute": first_minute,
-    "ablation_six": ablation_six,
+    "ablation_seven": ablation_seven,
+    "embed_lr": embed_lr,
+    "formats_books": lambda: formats(records("decay/runs.jsonl")),
+    "formats_toy": lambda: formats(records("ablation_toy/runs.jsonl")),
+    "decay_books": lambda: decay("books"),
+    "decay_toy": lambda: decay("toy"),
+    "rounding": rounding,
     "ablation_full": ablation_full,
     "ablation_full_bits": ablation_full_bits,
     "ablation_full_sites": ablation_full_sites,
@@ -482,6 +578,8 @@ def filled(page: str) -> str:
 
 
 def figures():
+    import torch
+
     from results.figures import draw_knob, draw_traces
     from tools import plot
 
@@ -489,11 +587,11 @@ def figures():
     plot.STYLES |= {"Adam, 0.001": ("#f3b98a", ":", "o"), "Adam, 0.002": ("#e58a3c", "-.", "o"),
                     "Adam, 0.004": ("#d55e00", "-", "o"), "Adam, 0.008": ("#7f3800", "--", "o"),
                     "Muon, 0.002": plot.STYLES["Muon"], "OSP, 0.002": plot.STYLES["OSP"]}
+    loudest = records("decay/loudest.jsonl")
+    shown = [(r["label"], torch.tensor(r["channels"])) for r in loudest]
+    yield plot.save(plot.draw_grid(shown, loudest[0]["state"]), assets / "front.png")
     logged = logs("books")
     series = [(label, logged[name]) for name, label in BOOKS.items()]
-    shown = ("books-adam-4e-3", "books-adam-2e-3", "books-adam-1e-3", "books-osp")
-    front = [(BOOKS[name], logged[name]) for name in shown]
-    yield plot.save(plot.draw_front(front, FLOOR), assets / "front.png")
     yield plot.save(plot.draw_curves(series, FLOOR, 4.4), assets / "books_curves.png")
 
     def points(what):
@@ -508,9 +606,8 @@ def figures():
     shown = ("books-adam-4e-3", "books-muon", "books-osp")
     bits = [(BOOKS[name], runs[f"sweep-{name}"]["eval"]["quantized"]) for name in shown]
     yield plot.save(plot.draw_bits(bits), assets / "books_bits.png")
-    labels = {run["name"]: run["eval"]["label"] for run in records("ablation_full/runs.jsonl")}
-    series = [(labels[name], log) for name, log in logs("ablation_full").items()
-              if name.rsplit("-s", 1)[0] in ROWS]
+    labels = {run["name"]: run["eval"]["label"] for run in records("ablation_toy/runs.jsonl")}
+    series = [(labels[name], log) for name, log in logs("ablation_toy").items()]
     yield plot.save(plot.draw_curves(series, FLOOR), assets / "curves_toy.png")
     traces = {variant: [run[1:] for run in runs] for variant, runs in trace_runs().items()
               if variant in TRACES_SHOWN}

@@ -140,7 +140,8 @@ def draw_grid(shown: list[tuple[str, torch.Tensor]], state: int):
         shown: label, and the loudest token's vector [D] in units of its root mean square.
         state: of the residual stream, where they were taken.
     """
-    figure, axes = plt.subplots(len(shown), 1, figsize=(7.4, 2.1 * len(shown)), sharex=True,
+    height = 2.1 if len(shown) < 4 else 1.4
+    figure, axes = plt.subplots(len(shown), 1, figsize=(7.4, height * len(shown)), sharex=True,
                                 squeeze=False, layout="constrained")
     widest = max(x.abs().max().item() for _, x in shown)
     for i, (axis, (label, x)) in enumerate(zip(axes[:, 0], shown)):
@@ -156,7 +157,9 @@ def draw_grid(shown: list[tuple[str, torch.Tensor]], state: int):
         axis.axhline(0, color="black", linewidth=0.8)
         axis.vlines(values, -0.22 * top, -0.04 * top, color="black", linewidth=1.6)
         axis.set_yticks([])
-        axis.spines[["left", "right", "top"]].set_visible(False)
+        last = i == len(shown) - 1
+        axis.tick_params(bottom=last)
+        axis.spines[["left", "right", "top", *([] if last else ["bottom"])]].set_visible(False)
         share = fullest[:2].sum().item() / len(x)
         letter(axis, i, f"{label}: {share:.0%} of the channels become one of two values")
     axes[-1, 0].set_xlabel(f"a channel of the loudest token ({state_name(state)}), in units of its root "

@@ -1,0 +1,68 @@
+"""Why are the weights of one model harder to round than another's? A line of JSON for each model:
+
+    python results/rounding/measure.py runs/A runs/B >> results/rounding/toy.jsonl
+
+Means over all linears of the blocks, rounded to nearest at 4 bits, each alone:
+    weight_error    |Q - W| / |W|, in Frobenius norms
+    output_error    |X (Q - W)^T| / |X W^T|, for inputs X of 16 windows of validation text
+    stable_rank     |W|_F^2 / |W|_2^2 over the rank: 1 if all directions of W are equally strong
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs from any directory
+
+from model import hooked  # noqa: E402 (it and the rest need the line above)
+from nanoosp.machine import pick_device  # noqa: E402
+from nanoosp.options import command, option, parse  # noqa: E402
+from quantize import Recipe, linears, nearest_code, per_column, recipe_scale  # noqa: E402
+from tools.loading import load  # noqa: E402
+
+
+@dataclass
+class RoundingOptions:
+    targets: Path = option(None, "run directories", positional=True, many=True, metavar="RUN",
+                           required=True)
+
+
+@torch.no_grad()
+def measure(model, windows) -> dict:
+    """The three means for a folded `model` and `windows` [n, T + 1] of text."""
+    inputs, values = {}, []
+
+    def keep(name):
+        return lambda linear, x, output: inputs.__setitem__(name, x[0].flatten(0, -2))
+
+    with hooked([(linear, keep(name)) for name, linear in linears(model).items()]):
+        model(windows[:, :-1])
+    for name, linear in linears(model).items():
+        W, recipe = linear.weight, Recipe("4-16-16")
+        scale = per_column(recipe_scale(W, recipe), W.shape[1])
+        X, W, Q = (t.double() for t in (inputs[name], W, scale * nearest_code(W / scale, recipe)))
+        S = torch.linalg.svdvals(W)
+        values.append([(Q - W).norm() / W.norm(), (X @ (Q - W).mT).norm() / (X @ W.mT).norm(),
+                       S.square().sum() / S[0] ** 2 / len(S)])
+    means = torch.tensor(values).mean(dim=0).tolist()
+    return dict(zip(("weight_error", "output_error", "stable_rank"), means))
+
+
+@command
+def main(argv=None):
+    opt = parse(RoundingOptions, __doc__, argv)
+    device = pick_device(None)
+    for path in opt.targets:
+        loaded = load(path, device)
+        data = loaded.dataset()
+        windows = torch.from_numpy(data.windows(data.evaluation_windows(16))).to(device)
+        kept = {name: loaded.options[name] for name in ("preset", "lr", "weight_decay", "seed")}
+        result = measure(loaded.model.fold().eval(), windows)
+        print(json.dumps(dict(label=loaded.label, **kept, **result)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
