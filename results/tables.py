@@ -253,7 +253,9 @@ def embed_lr() -> str:
 
 def formats(runs: list[dict]) -> str:
     """A row for each format and model, a column for each method: what 4-4-4 adds."""
-    groups = grouped([run for run in runs if "formats" in run["eval"]], "label", "lr")
+    runs = [run for run in runs if "formats" in run["eval"]]
+    runs.sort(key=lambda run: (run["eval"]["label"], run["lr"]))
+    groups = grouped(runs, "label", "lr")
     rows = []
     for name in FORMATS:
         for group in groups.values():

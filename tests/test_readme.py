@@ -9,6 +9,7 @@ import train
 from data import benchmarks, corpus, prepare
 from nanoosp.options import build_parser
 from results.ffn_hidden import trace
+from results.rounding.measure import RoundingOptions
 from results.tables import PAGES, TABLES, filled, kind
 from tools import evaluate, export
 
@@ -17,7 +18,7 @@ TEXTS = {path: path.read_text(encoding="utf-8") for path in PAGES}
 ALL_TEXT = re.sub(r"<!--.*?-->", "", "\n".join(TEXTS.values()))
 
 OPTIONS = (train.Options, evaluate.Options, export.Options, prepare.Options, corpus.Options,
-           benchmarks.Options, trace.TraceOptions)
+           benchmarks.Options, trace.TraceOptions, RoundingOptions)
 PARSERS = [build_parser(options, "") for options in OPTIONS]
 FOREIGN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--local-dir"}
 
@@ -86,7 +87,7 @@ def test_every_local_link_resolves(path):
 
 def test_the_output_that_the_front_page_shows_was_printed():
     blocks = re.findall(r"(?ms)^```text\n(.*?)^```", TEXTS[ROOT / "README.md"])
-    for log, shown in zip(("tiny-osp", "sample"), blocks, strict=True):
+    for log, shown in zip(("tiny-adam", "sample"), blocks, strict=True):
         printed = (ROOT / f"results/first_minute/{log}.txt").read_text().splitlines()
         assert set(shown.splitlines()) <= set(printed)
 

@@ -92,7 +92,7 @@ def test_twenty_kills_in_a_row_lose_nothing(small_run, tmp_path):
     code, output = run(["--device", "cpu", "--resume", pieces], tmp_path)
     assert code == 0, output
     assert_same_run(whole, pieces)
-    assert {p.name for p in pieces.iterdir()} <= {"ckpt.pt", "log.jsonl", "config.json"}
+    assert {p.name for p in pieces.iterdir()} <= {"ckpt.pt", "log.jsonl", "config.json", "summary.json"}
 
 
 def test_two_ranks_resume_exactly_and_hand_over_to_one(small_run, tmp_path):
