@@ -1,6 +1,6 @@
 """What a model is worth and how its activations look. This measures anything and changes nothing.
 
-    python eval.py runs/A runs/B                loss, kurtosis, massive activations, attention sinks
+    python eval.py runs/A runs/B                loss, kurtosis, outliers, sinks; what 4 bits add
     python eval.py runs/A --as-published        also the kurtosis of the paper's own script
     python eval.py runs/A --text FILE           loss and perplexity on any text
     python eval.py runs/A runs/B --bits 4-4-4 --methods rtn,had,gptq,quarot,spinquant

@@ -11,7 +11,7 @@ two bits of exponent, one of mantissa):
     nvfp4   16                 E4M3, a float of eight bits  fp32                NVIDIA Blackwell
 
 In NVFP4 a "tensor" is a whole weight, but one token's vector of activations: so no token depends on
-another. (Servers take a constant instead, from calibration.)
+another. (Inference servers use a constant from calibration instead.)
 """
 
 import torch
@@ -46,9 +46,9 @@ def block_scale(x, name: str, per_token: bool = False):
 
 
 def round_blocks(x, name: str):
-    """Round x [..., C] in blocks, each token's vector for itself."""
-    blocks = x.float().unflatten(-1, (-1, BLOCK[name]))
+    """Round x [..., C] in blocks, each token's vector on its own."""
     scale = block_scale(x, name, per_token=True)[..., None]
+    blocks = x.float().unflatten(-1, (-1, BLOCK[name]))
     return (scale * e2m1(blocks / scale)).flatten(-2).to(x.dtype)
 
 

@@ -48,7 +48,7 @@ class Recipe:
         return METHODS.index(self.method) >= METHODS.index(method)
 
     @property
-    def learns(self) -> bool:  # weights apart, is anything rounded?
+    def learns(self) -> bool:  # SpinQuant needs something other than weights to be rounded
         return self.method == "spinquant" and min(self.a, self.kv) < 16
 
     @property

@@ -529,7 +529,7 @@ def four_bits_tiny() -> str:
 
 def ablation_tiny() -> str:
     files = [HERE / f"ablation_tiny/{row}-s0.eval.json" for row in ROWS]
-    return ablation_table([json.loads(path.read_text()) for path in files])
+    return ablation_table([json.loads(path.read_text()) for path in files if path.exists()])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -34,6 +34,9 @@ def remembered_options(*argv):
     ("--osp --preset toy --no-compile", "--preset toy"),
     ("--preset small --data shakespeare --osp", "--preset small --data shakespeare"),
     ("--n-layer 2 --weight-decay 0.1 --micro-batch-size 4", "--osp --n-layer 2 --weight-decay 0.1"),
+    ("--n-head 3 --n-embd 96", "--osp --n-head 3 --n-embd 96"),  # neither goes alone
+    ("--steps 10 --warmup 10 --cooldown 0", "--osp --steps 10 --warmup 10 --cooldown 0"),
+    ("--steps 100 --warmup 90 --cooldown 5", "--osp --steps 100 --warmup 90 --cooldown 5"),
     ("--osp --grad-clip 0 --batch-size 8 --seq-len 64",
      "--seq-len 64 --batch-size 8 --grad-clip 0.0"),
 ])
@@ -54,6 +57,25 @@ def test_on_several_ranks_the_command_has_as_many(monkeypatch):
     options = remembered_options("--osp")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert sibling_command(options) == f"torchrun --nproc-per-node 2 {SCRIPT}"
+
+
+def test_on_several_nodes_the_command_has_one_nodes_ranks(monkeypatch):
+    options = remembered_options(*"--osp --batch-size 60".split())
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert sibling_command(options) == (
+        f"torchrun --nproc-per-node 3 {SCRIPT} --preset tiny --data shakespeare --device cpu "
+        "--batch-size 60")  # without --batch-size 60, six ranks could not do it
+
+
+def test_a_run_at_its_presets_rate_is_preferred(small_run, tmp_path):
+    argv = [arg for arg in small_run if arg not in ("--lr", "--embed-lr", "1e-2")] + ["--steps", "2"]
+    for name, more in (("osp", ["--osp"]), ("tuned", []), ("hot", ["--lr", "0.006"])):
+        train.main([*argv, *more, "--out", str(tmp_path / name)])
+    mine = json.loads((tmp_path / "osp/config.json").read_text())
+    assert find_sibling(mine, tmp_path / "osp")[0]["lr"] == 0.003
+    (tmp_path / "tuned/summary.json").unlink()
+    assert find_sibling(mine, tmp_path / "osp")[0]["lr"] == 0.006
 
 
 def test_a_run_names_its_sibling_and_the_sibling_shows_both(small_run, tmp_path, capsys):

@@ -1,10 +1,10 @@
 """The ablation: train the rows of the paper's Table 2, measure them, tabulate and draw them.
 
     python train.py --ablation                      seven rows, one after the other
-    python train.py --ablation --full --seeds 3     all 12 combinations, three seeds each
+    python train.py --ablation --full --seeds 3     all 12 combinations and the hot Adam, three seeds each
     python train.py --ablation --gpus 4             four rows at a time, each on a GPU of its own
 
-The seventh row is Adam once more, hot: at twice its rate. It trains nearly as well, and shows what
+The seventh row is Adam once more, hot: at twice its rate. It trains a little worse, and shows what
 the learning rate does to outliers. Every row is an ordinary run of train.py, in a process and a directory of its own. Its command is
 printed. Other options of train.py are passed on to all rows. The same command again goes on where
 it was stopped: it keeps finished rows and measurements, and resumes unfinished rows.
@@ -52,7 +52,7 @@ NOT_IN_THE_PAPER = [
     ("muon-only", "rms", True, False),
     ("muon-only", "ss", True, False),
 ]
-HOT = 2  # a hot row's learning rate, in units of what it would otherwise be
+HOT = 2  # a hot row's learning rate over Adam's
 OWN_OPTIONS = {"ablation", "full", "seeds", "gpus", "seed", "out", "json"}  # not those of a row
 
 

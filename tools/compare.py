@@ -4,6 +4,8 @@ OSP is compared with plain Adam, and everything else with OSP. If that run lies 
 are printed side by side; if not, the command that makes it.
 """
 
+import contextlib
+import io
 import json
 import os
 import shlex
@@ -84,19 +86,24 @@ def compared(options: dict) -> dict:
 
 
 def find_sibling(options: dict, directory: Path):
-    """(options, summary) of the newest finished run in the same folder to compare with, or None."""
+    """(options, summary) of a finished run in the same folder to compare with, or None: of several
+    the newest, but one at its preset's learning rate before all others."""
+    wanted, at_other_rates = sibling_method(options), []
+    kind = "adam_lr" if wanted is PLAIN else "muon_lr"
     paths = sorted(directory.parent.glob("*/summary.json"), key=lambda path: -path.stat().st_mtime)
     for path in paths:
         try:
             theirs = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
             summary = json.loads(path.read_text(encoding="utf-8"))
             same = compared(theirs) == compared(options) and summary["step"] == theirs["steps"]
-            if same and sibling_method(options).items() <= theirs.items():
+            if same and wanted.items() <= theirs.items():
                 side_by_side((theirs, summary))  # it has all that will be printed
-                return theirs, summary
+                if theirs["lr"] == train.PRESETS[theirs["preset"]][kind]:
+                    return theirs, summary
+                at_other_rates.append((theirs, summary))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # another program's, or damaged
-    return None
+    return at_other_rates[0] if at_other_rates else None
 
 
 def sibling_command(options: dict) -> str:
@@ -108,19 +115,22 @@ def sibling_command(options: dict) -> str:
         train.resolve(opt)
         return vars(opt)
 
-    first = {name: options[name] for name in ("preset", "data", "device")}
-    others = compared(options).keys() - first
-    words = {}
-    for field in fields(train.Options):  # one after the other: steps decide what warmup would be
-        if field.name in others:
-            if resolved(typed(first | words))[field.name] != options[field.name]:
-                words[field.name] = options[field.name]
-    usual = resolved([])
+    words = {f.name: options[f.name] for f in fields(train.Options)
+             if f.name in compared(options).keys() | {"device"} and options[f.name] is not None}
+    first = {name: words.pop(name) for name in ("preset", "data", "device")}
+    for name in reversed([*words]):  # leave out what follows from the rest; warmup before steps
+        rest = {other: value for other, value in words.items() if other != name}
+        with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+            if resolved(typed(first | rest))[name] == options[name]:  # SystemExit: they need it
+                words = rest
     has_text = options["preset"] in ("tiny", "toy")  # which the other presets must be given
-    first = {name: value for name, value in first.items()
-             if usual[name] != value or name == "data" and not has_text}
+    with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+        usual = resolved([])
+        first = {name: value for name, value in first.items()
+                 if usual[name] != value or name == "data" and not has_text}
     if "data" in first and Path(first["data"]).exists():
         first["data"] = os.path.relpath(first["data"])
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    launcher = ["torchrun", "--nproc-per-node", str(ranks)] if ranks > 1 else ["python"]
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    per_node = os.environ.get("LOCAL_WORLD_SIZE", ranks)
+    launcher = ["python"] if ranks == "1" else ["torchrun", "--nproc-per-node", per_node]
     return shlex.join([*launcher, os.path.relpath(train.__file__), *method, *typed(first | words)])

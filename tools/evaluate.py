@@ -246,7 +246,7 @@ def calibrate(loaded: Loaded, recipes: list[Recipe], file=None) -> dict:
     for recipe in recipes:
         group, name = recipe.group, "--w-group"
         if recipe.format != "int":
-            group, name = BLOCK[recipe.format], f"a block of {recipe.format},"
+            group, name = BLOCK[recipe.format], f"{recipe.format}'s block of"
         for linear in linears(loaded.model).values() if group else ():
             if linear.in_features % group:
                 raise ValueError(f"{name} {group} does not divide the {linear.in_features} weights "

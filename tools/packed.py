@@ -24,7 +24,7 @@ PACKING = "code + 8 as a nibble; the low nibble of a byte is the even column"
 
 def to_integer(codes, format: str):
     """Codes as integers -8 ... 7. A number of E2M1 becomes its place in the table, with its sign;
-    its zero has none."""
+    zero has no sign."""
     if format == "int":
         return codes
     places = torch.bucketize(codes.abs(), torch.tensor(E2M1, device=codes.device))
