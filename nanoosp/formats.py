@@ -58,7 +58,7 @@ def stored_scale(scale, name: str):
         return (torch.frexp(scale).exponent + 126).to(torch.uint8), torch.ones(())
     # The largest is 448 times the tensor's, up to rounding; undo that.
     guess = scale.max() / E4M3_MAX
-    for tensor in (guess, guess.nextafter(guess.new_zeros(())), guess.nextafter(guess.new_ones(()))):
+    for tensor in (guess, guess.nextafter(guess.new_zeros(())), guess.nextafter(2 * guess)):
         block = (scale / tensor).to(torch.float8_e4m3fn)
         if torch.equal(block.float() * tensor, scale):
             return block.view(torch.uint8), tensor

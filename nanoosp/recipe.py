@@ -35,7 +35,8 @@ class Recipe:
             raise ValueError(f"{self.format} is a format of 4 bits: in {self.bits}, W and A must be "
                              "4 or 16")
         if self.format != "int" and (self.group or self.symmetric or not self.clip):
-            raise ValueError(f"{self.format} has its own scales: they cannot be chosen")
+            raise ValueError(f"{self.format} has scales of its own: leave out --w-group, --symmetric "
+                             "and --no-clip")
         if self.center_embed and not self.does("quarot"):
             raise ValueError(f"only quarot and spinquant can center embeddings, not {self.method}")
         for name in ("group", "steps", "lr", "seed"):
@@ -43,6 +44,10 @@ class Recipe:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
 
     w, a, kv = (property(lambda self, i=i: int(self.bits.split("-")[i])) for i in range(3))
+
+    def __str__(self) -> str:
+        """"gptq 4-4-4", "rtn 4-4-4 mxfp4"."""
+        return f"{self.method} {self.bits}" + ("" if self.format == "int" else f" {self.format}")
 
     def does(self, method: str) -> bool:  # a method includes those before it
         return METHODS.index(self.method) >= METHODS.index(method)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -33,7 +34,9 @@ def remembered_options(*argv):
     ("--osp --steps 40 --warmup 7", "--steps 40 --warmup 7"),
     ("--osp --preset toy --no-compile", "--preset toy"),
     ("--preset small --data shakespeare --osp", "--preset small --data shakespeare"),
-    ("--n-layer 2 --weight-decay 0.1 --micro-batch-size 4", "--osp --n-layer 2 --weight-decay 0.1"),
+    ("--n-layer 2 --weight-decay 0.1 --micro-batch-size 4",
+     "--osp --n-layer 2 --micro-batch-size 4 --weight-decay 0.1"),
+    ("--osp --dtype bfloat16 --recompute", "--dtype bfloat16 --recompute"),
     ("--n-head 3 --n-embd 96", "--osp --n-head 3 --n-embd 96"),  # neither goes alone
     ("--steps 10 --warmup 10 --cooldown 0", "--osp --steps 10 --warmup 10 --cooldown 0"),
     ("--steps 100 --warmup 90 --cooldown 5", "--osp --steps 100 --warmup 90 --cooldown 5"),
@@ -84,7 +87,8 @@ def test_a_run_names_its_sibling_and_the_sibling_shows_both(small_run, tmp_path,
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("to compare         python") and last.endswith("   (OSP)")
     typed = shlex.split(last.removeprefix("to compare").removesuffix("(OSP)"))
-    train.main([*typed[2:], "--out", str(tmp_path / "osp")])
+    assert typed[-2:] == ["--out", os.path.relpath(tmp_path / "osp")]  # beside it
+    train.main(typed[2:])
     *_, head, mine, other = capsys.readouterr().out.splitlines()
     assert head.split("  ")[0] == "this run, and the one beside it"
     assert mine.startswith("OSP, learning rate 0.006") and other.startswith("Adam, learning rate 0.003")
@@ -100,7 +104,7 @@ def test_a_run_names_its_sibling_and_the_sibling_shows_both(small_run, tmp_path,
 
 
 def test_only_a_finished_whole_run_of_the_same_text_and_length_is_a_sibling(
-        small_run, tmp_path, capsys):
+        small_run, tmp_path, monkeypatch):
     argv = [*small_run, "--steps", "3"]
     train.main([*argv, "--osp", "--out", str(tmp_path / "osp")])
     adam = tmp_path / "adam"
@@ -110,6 +114,8 @@ def test_only_a_finished_whole_run_of_the_same_text_and_length_is_a_sibling(
     assert theirs["optimizer"] == "adam" and summary["step"] == 3
     assert find_sibling(dict(mine, seed=1), tmp_path / "osp") is None
     assert find_sibling(dict(mine, batch_size=4), tmp_path / "osp") is None
-    for damaged in ("{", "[]", '{"step": 3}', json.dumps(dict(summary, step=2))):
+    monkeypatch.chdir(tmp_path / "osp")
+    assert find_sibling(mine, Path(".")) is not None
+    for damaged in ('{"step": 3, "val_loss": 1' + 400 * "0" + "}", "{", "[]", '{"step": 3}', json.dumps(dict(summary, step=2))):
         (adam / "summary.json").write_text(damaged)
         assert find_sibling(mine, tmp_path / "osp") is None

@@ -164,6 +164,9 @@ def test_a_quantized_file_from_elsewhere_is_refused(four_bit_file, run_dir, tmp_
         (otherwise(format="mxfp4"), "version 2"),
         (otherwise(format=["int"]), "version 2"),
         (dict(version=3) | otherwise(format="mxfp4"), "does not fit"),
+        (dict(version=3) | otherwise(format="mxfp4", scales={
+            name: (torch.zeros(len(scale), 3, dtype=torch.uint8), torch.ones(()))
+            for name, scale in scales.items()}), "has 3 scales a row"),
         (dict(config=wider), "does not fit"),
         (dict(weights={}), "fit"),
         (dict(config=dict(n_moons=3)), "n_moons"),

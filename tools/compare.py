@@ -6,6 +6,7 @@ are printed side by side; if not, the command that makes it.
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import shlex
@@ -15,13 +16,13 @@ from pathlib import Path
 import train
 from nanoosp.files import write_text
 from nanoosp.options import parse
-from nanoosp.run import label, remembered
+from nanoosp.run import ROOT, label, remembered, slug
 from nanoosp.summary import table
 from tools.ablation import typed
 
 PLAIN = dict(optimizer="adam", norm="rms", embproj=False)
 RATES = ("lr", "embed_lr")  # each optimizer has its own
-MACHINE = ("micro_batch_size",)  # changes no result beyond rounding
+MEMORY = {"micro_batch_size", "recompute"}  # they change no result beyond rounding
 
 
 def finish(opt, summary: dict):
@@ -47,7 +48,7 @@ def run_summary(summary: dict, options: dict, directory: Path) -> str:
     }
     found = find_sibling(options, directory)
     if found is None:
-        lines["to compare"] = f"{sibling_command(options)}   ({label(sibling_method(options))})"
+        lines["to compare"] = f"{sibling_command(options, directory)}   ({label(sibling_method(options))})"
     text = "\n".join(f"{name:<19}{words}" for name, words in lines.items())
     return f"\n{text}" if found is None else f"\n{text}\n\n{side_by_side((options, summary), found)}"
 
@@ -80,9 +81,8 @@ def sibling_method(options: dict) -> dict:
 
 def compared(options: dict) -> dict:
     """The options that two runs must share to be compared."""
-    names = {f.name for f in fields(train.Options) if f.name in train.Options.__annotations__}
-    return {name: value for name, value in options.items()
-            if name in names - {*PLAIN, *RATES, *MACHINE}}
+    names = {*train.Options.__annotations__, "dtype"} - {*PLAIN, *RATES, *MEMORY}
+    return {name: value for name, value in options.items() if name in names}
 
 
 def find_sibling(options: dict, directory: Path):
@@ -90,7 +90,8 @@ def find_sibling(options: dict, directory: Path):
     the newest, but one at its preset's learning rate before all others."""
     wanted, at_other_rates = sibling_method(options), []
     kind = "adam_lr" if wanted is PLAIN else "muon_lr"
-    paths = sorted(directory.parent.glob("*/summary.json"), key=lambda path: -path.stat().st_mtime)
+    beside = directory.resolve().parent.glob("*/summary.json")
+    paths = sorted(beside, key=lambda path: -path.stat().st_mtime)
     for path in paths:
         try:
             theirs = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
@@ -101,13 +102,14 @@ def find_sibling(options: dict, directory: Path):
                 if theirs["lr"] == train.PRESETS[theirs["preset"]][kind]:
                     return theirs, summary
                 at_other_rates.append((theirs, summary))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
             continue  # another program's, or damaged
     return at_other_rates[0] if at_other_rates else None
 
 
-def sibling_command(options: dict) -> str:
-    """The command that trains the run to compare with, each optimizer at the rate of its preset."""
+def sibling_command(options: dict, directory: Path = ROOT / "runs/any") -> str:
+    """The command that trains the run to compare with, at its preset's learning rate, beside the
+    run in `directory`."""
     method = ["--osp"] if sibling_method(options) is train.OSP else []
 
     def resolved(words):
@@ -115,8 +117,9 @@ def sibling_command(options: dict) -> str:
         train.resolve(opt)
         return vars(opt)
 
+    wanted = compared(options).keys() | MEMORY | {"device"}
     words = {f.name: options[f.name] for f in fields(train.Options)
-             if f.name in compared(options).keys() | {"device"} and options[f.name] is not None}
+             if f.name in wanted and options[f.name] is not None}
     first = {name: words.pop(name) for name in ("preset", "data", "device")}
     for name in reversed([*words]):  # leave out what follows from the rest; warmup before steps
         rest = {other: value for other, value in words.items() if other != name}
@@ -133,4 +136,15 @@ def sibling_command(options: dict) -> str:
     ranks = os.environ.get("WORLD_SIZE", "1")
     per_node = os.environ.get("LOCAL_WORLD_SIZE", ranks)
     launcher = ["python"] if ranks == "1" else ["torchrun", "--nproc-per-node", per_node]
-    return shlex.join([*launcher, os.path.relpath(train.__file__), *method, *typed(first | words)])
+    words = first | words
+    if directory.resolve().parent != (ROOT / "runs").resolve():  # where new runs go by themselves
+        words["out"] = os.path.relpath(directory.resolve().parent / new_name(options, directory))
+    return shlex.join([*launcher, os.path.relpath(train.__file__), *method, *typed(words)])
+
+
+def new_name(options: dict, directory: Path) -> str:
+    """A directory's name that is not taken beside `directory`."""
+    name = slug(sibling_method(options))
+    taken = {path.name for path in directory.resolve().parent.iterdir()}
+    numbered = (f"{name}-{i}" for i in itertools.count(2))
+    return next(n for n in itertools.chain([name], numbered) if n not in taken)

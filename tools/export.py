@@ -122,6 +122,6 @@ def export_packed(loaded: Loaded, opt: Options, recipe: Recipe, device: str):
     seconds = time.perf_counter() - began
     save_packed(model, opt.out, loaded.options, loaded.data)
     size, n = opt.out.stat().st_size, sum(p.numel() for p in model.parameters())
-    print(f"{recipe.method} {recipe.bits} in {seconds:.1f} s, peak memory "
+    print(f"{recipe} in {seconds:.1f} s, peak memory "
           f"{peak_memory_gib(device):.2f} GiB: {opt.out}, {size / 2**20:.2f} MiB for {n:,} "
           f"weights, {size / 2 / n:.3f} of bf16 (embedding and head are not rounded)")

@@ -37,8 +37,7 @@ class Loaded:
     @property
     def label(self) -> str:
         """Its configuration: "Adam", "Muon + SSNorm", "OSP", "OSP, gptq 4-4-4", "LLaMA"."""
-        quantized = f", {self.recipe.method} {self.recipe.bits}" if self.recipe else ""
-        return label(self.options) + quantized
+        return label(self.options) + (f", {self.recipe}" if self.recipe else "")
 
     @cached_property
     def encoding(self):

@@ -123,6 +123,8 @@ def _unpacked_model(state: dict) -> Transformer:
     if len({W.dtype for W in weights.values()}) > 1:
         raise ValueError("weights of several precisions")
     for name, packed in state["codes"].items():
+        if format != "int" and scales[name].shape[1] * BLOCK[format] != 2 * packed.shape[1]:
+            raise ValueError(f"{name} has {scales[name].shape[1]} scales a row")
         codes, dtype = from_integer(unpack(packed), format), weights["norm.gain"].dtype
         W = per_column(scales[name], codes.shape[1]) * codes  # as quantize() computes it
         weights[f"{name}.weight"] = W.to(dtype)

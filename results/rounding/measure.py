@@ -57,6 +57,8 @@ def main(argv=None):
     device = pick_device(None)
     for path in opt.targets:
         loaded = load(path, device)
+        if loaded.recipe:
+            raise ValueError(f"{path} is quantized already: start from the model that was trained")
         data = loaded.dataset()
         windows = torch.from_numpy(data.windows(data.evaluation_windows(16))).to(device)
         kept = {name: loaded.options[name] for name in ("preset", "lr", "weight_decay", "seed")}
