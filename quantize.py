@@ -83,8 +83,13 @@ def nearest_code(x, recipe: Recipe):
     return x.round().clamp(-m - 1, m)
 
 
+def weight_codes(W, scale, recipe: Recipe):
+    """The codes [out, in] of a weight for scales [out, groups]; the weights are scale * codes."""
+    return nearest_code(W.float() / per_column(scale, W.shape[1]), recipe)
+
+
 def recipe_scale(W, recipe: Recipe):
-    """Scales [out, groups] of a whole weight [out, in]; the weights are scale * codes."""
+    """Scales [out, groups] of a whole weight [out, in], as the recipe wants them."""
     if recipe.format != "int":
         return block_scale(W, recipe.format)
     return weight_scale(W, recipe.w, recipe.clip, recipe.group)
@@ -259,9 +264,9 @@ def round_weights(model, recipe: Recipe) -> dict:
     """RTN: every linear on its own. Changes `model`; returns its scales by name."""
     scales = {}
     for name, linear in tqdm(linears(model).items(), "round", leave=False, disable=None):
-        W, scales[name] = linear.weight, recipe_scale(linear.weight, recipe)
-        scale = per_column(scales[name], W.shape[1])
-        W.copy_(scale * nearest_code(W.float() / scale, recipe))
+        W = linear.weight
+        scales[name] = recipe_scale(W, recipe)
+        W.copy_(per_column(scales[name], W.shape[1]) * weight_codes(W, scales[name], recipe))
     return scales
 
 

@@ -239,19 +239,28 @@ class Run:
             raise ArithmeticError(f"{description}: stopped before anything was saved; {LAST_GOOD}")
 
     def resume_command(self) -> str:
-        per_node = os.environ.get("LOCAL_WORLD_SIZE", self.ranks.world)
-        launcher = f"torchrun --nproc-per-node {per_node}" if self.ranks.world > 1 else "python"
-        path = shlex.quote(os.path.relpath(self.path))
-        return f"{launcher} {shlex.quote(sys.argv[0])} --resume {path}"
+        return shlex.join([*launcher(), sys.argv[0], "--resume", os.path.relpath(self.path)])
+
+
+def launcher() -> list[str]:
+    """What a command like the one that runs now begins with: python, or torchrun with as many ranks."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    per_node = os.environ.get("LOCAL_WORLD_SIZE", world)
+    return ["python"] if world == "1" else ["torchrun", "--nproc-per-node", per_node]
+
+
+def numbered(path: Path):
+    """`path`, then the same with -2, -3, ... behind it."""
+    return itertools.chain([path], (path.with_name(f"{path.name}-{i}") for i in itertools.count(2)))
 
 
 def new_directory(opt) -> Path:
     """Makes runs/<data>-<preset>-<configuration>, with a number behind it if that is taken."""
     name = "-".join([Path(opt.data).name, opt.preset, slug(vars(opt))])
-    for suffix in itertools.chain([""], (f"-{i}" for i in itertools.count(2))):
+    for path in numbered(ROOT / "runs" / name):
         try:
-            (ROOT / "runs" / (name + suffix)).mkdir(parents=True)
-            return ROOT / "runs" / (name + suffix)
+            path.mkdir(parents=True)
+            return path
         except FileExistsError:  # another run's, perhaps made a moment ago
             continue
 

@@ -39,8 +39,9 @@ sys.path.insert(0, str(HERE.parent))  # so that it runs from any directory
 
 from nanoosp.files import write_text  # noqa: E402 (it and the rest need the line above)
 from nanoosp.options import command, parse  # noqa: E402
+from nanoosp.recipe import FORMATS  # noqa: E402
 from nanoosp.summary import table  # noqa: E402
-from tools.ablation import ablation_table, mean_and_spread  # noqa: E402
+from tools.ablation import ablation_table, mean_and_spread, with_rate  # noqa: E402
 from results.ffn_hidden.trace import VARIANTS  # noqa: E402
 
 METHODS = ("rtn", "had", "gptq", "quarot", "spinquant")
@@ -68,7 +69,6 @@ KERNELS = {  # what a GPU's kernel is for, by words in its name; the first match
     "weight casts, sums of gradients": r"to_copy(_t)?_\d+$|CUDAFunctor_add",
     "other": "",
 }
-FORMATS = ("int", "mxfp4", "nvfp4")
 FORMAT_METHODS = ("rtn", "had", "gptq", "quarot")
 TRACES_SHOWN = ("official", "init-sqrt-d", "init-inverse", "adamw", "frozen", "adam")
 
@@ -98,19 +98,11 @@ def logs(folder: str) -> dict[str, list[dict]]:
     return {run["name"]: run["log"] for run in records(f"{folder}/logs.jsonl")}
 
 
-def grouped_by(lines: list[dict], *keys: str):
-    """(values of these keys, lines that have them), in the order in which they come."""
-    groups = {}
-    for line in lines:
-        groups.setdefault(tuple(line[key] for key in keys), []).append(line)
-    return groups.items()
-
-
 def grouped(runs: list[dict], *keys: str) -> dict[tuple, list[dict]]:
     """Runs that differ in nothing but the seed, in the order in which they come."""
     groups = {}
     for run in runs:
-        group = tuple(run["eval"]["label"] if key == "label" else run[key] for key in keys)
+        group = tuple(run[key] if key in run else run["eval"][key] for key in keys)
         groups.setdefault(group, []).append(run)
     return groups
 
@@ -223,15 +215,10 @@ def loss_kurtosis_added(runs: list[dict]) -> list[list[str]]:
             for (label,), group in grouped(runs, "label").items()]
 
 
-def with_rate(run: dict) -> str:
-    """"Adam, hot (0.002)": the label of a run, and its learning rate."""
-    return f"{run['eval']['label']} ({run['lr']:g})"
-
-
 def ablation_seven() -> str:
     """The paper's six rows and a hot Adam, for the front page."""
     runs = records("ablation_toy/runs.jsonl")
-    rows = [[with_rate(group[0]), *cells] for group, (_, *cells)
+    rows = [[with_rate(group[0]["eval"]), *cells] for group, (_, *cells)
             in zip(grouped(runs, "label").values(), loss_kurtosis_added(runs))]
     return markdown(["", "validation loss", kurtosis_heads(runs)[0], "4-4-4 adds",
                      "with a Hadamard"], rows)
@@ -268,7 +255,7 @@ def formats(runs: list[dict]) -> str:
             best = spread(group, lambda run: min(quantized(run)[method]["val_loss"]
                                                  for method in FORMAT_METHODS), 4)
             loss = spread(group, of_eval("val_loss"), 4)
-            rows.append([name, with_rate(group[0]), loss, *cells, best])
+            rows.append([name, with_rate(group[0]["eval"]), loss, *cells, best])
     return markdown(["format", "model (learning rate)", "validation loss", *FORMAT_METHODS,
                      "best loss at 4 bits"], rows)
 
@@ -291,7 +278,7 @@ def decay(text: str) -> str:
                for method in ("rtn", "had", "gptq") if (bits, method) != ("16-4-16", "gptq")]
     for (label, wd), group in grouped(runs, "label", "weight_decay").items():
         cells = [spread(group, added(*column), 4, sign=True) for column in columns]
-        rows.append([with_rate(group[0]), f"{wd:g}", spread(group, of_eval("val_loss"), 4),
+        rows.append([with_rate(group[0]["eval"]), f"{wd:g}", spread(group, of_eval("val_loss"), 4),
                      spread(group, of_eval("kurtosis"), 2), *cells])
     head = ["model (learning rate)", "weight decay", "validation loss", kurtosis_heads(runs)[0]]
     return markdown([*head, *(f"{bits} {method}" for bits, method in columns)], rows)
@@ -299,7 +286,7 @@ def decay(text: str) -> str:
 
 def rounding() -> str:
     rows = []
-    for (label, wd), group in grouped_by(records("rounding/toy.jsonl"), "label", "weight_decay"):
+    for (label, wd), group in grouped(records("rounding/toy.jsonl"), "label", "weight_decay").items():
         values = [spread(group, lambda run, key=key: 100 * run[key], 1)
                   for key in ("weight_error", "output_error", "stable_rank")]
         rows.append([label, f"{wd:g}", *values])
@@ -529,7 +516,7 @@ def four_bits_tiny() -> str:
 
 def ablation_tiny() -> str:
     files = [HERE / f"ablation_tiny/{row}-s0.eval.json" for row in ROWS]
-    return ablation_table([json.loads(path.read_text()) for path in files if path.exists()])
+    return ablation_table([json.loads(path.read_text()) for path in files])
 
 
 # --------------------------------------------------------------------------------------------------

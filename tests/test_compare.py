@@ -10,9 +10,11 @@ import pytest
 
 import train
 from nanoosp.options import parse
+from nanoosp.run import ROOT
 from tools.compare import find_sibling, sibling_command
 
 SCRIPT = os.path.relpath(train.__file__)
+RUN = ROOT / "runs/any"
 
 
 def remembered_options(*argv):
@@ -44,13 +46,13 @@ def remembered_options(*argv):
      "--seq-len 64 --batch-size 8 --grad-clip 0.0"),
 ])
 def test_the_command_to_compare_with_is_whole_and_has_nothing_that_goes_without_saying(mine, sibling):
-    command = sibling_command(remembered_options(*mine.split()))
+    command = sibling_command(remembered_options(*mine.split()), RUN)
     assert command == " ".join(["python", SCRIPT, *sibling.split()])
 
 
 def test_the_command_trains_the_same_but_for_the_method():
     mine = remembered_options(*"--osp --preset toy --steps 77 --warmup 3 --seq-len 32 --seed 5".split())
-    words = shlex.split(sibling_command(mine))[2:]
+    words = shlex.split(sibling_command(mine, RUN))[2:]
     theirs = remembered_options(*words)
     differing = {name for name in mine if mine[name] != theirs[name]}
     assert differing == {"optimizer", "norm", "embproj", "lr", "embed_lr"}
@@ -59,14 +61,14 @@ def test_the_command_trains_the_same_but_for_the_method():
 def test_on_several_ranks_the_command_has_as_many(monkeypatch):
     options = remembered_options("--osp")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert sibling_command(options) == f"torchrun --nproc-per-node 2 {SCRIPT}"
+    assert sibling_command(options, RUN) == f"torchrun --nproc-per-node 2 {SCRIPT}"
 
 
 def test_on_several_nodes_the_command_has_one_nodes_ranks(monkeypatch):
     options = remembered_options(*"--osp --batch-size 60".split())
     monkeypatch.setenv("WORLD_SIZE", "6")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert sibling_command(options) == (
+    assert sibling_command(options, RUN) == (
         f"torchrun --nproc-per-node 3 {SCRIPT} --preset tiny --data shakespeare --device cpu "
         "--batch-size 60")  # without --batch-size 60, six ranks could not do it
 

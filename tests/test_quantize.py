@@ -17,7 +17,6 @@ from quantize import (
     gptq,
     inverse_factor,
     linears,
-    nearest_code,
     per_column,
     quantize,
     round_heads,
@@ -27,7 +26,7 @@ from quantize import (
 
 
 def weight_codes(W, scale, bits):
-    return nearest_code(W / per_column(scale, W.shape[1]), Recipe(f"{bits}-16-16"))
+    return Q.weight_codes(W, scale, Recipe(f"{bits}-16-16"))
 
 
 def gptq_codes(W, H, scale, bits, block=128):

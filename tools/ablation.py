@@ -1,11 +1,13 @@
 """The ablation: train the rows of the paper's Table 2, measure them, tabulate and draw them.
 
     python train.py --ablation                      seven rows, one after the other
-    python train.py --ablation --full --seeds 3     all 12 combinations and the hot Adam, three seeds each
+    python train.py --ablation --full --seeds 3     all 12 combinations too, three seeds each
     python train.py --ablation --gpus 4             four rows at a time, each on a GPU of its own
 
 The seventh row is Adam once more, hot: at twice its rate. It trains a little worse, and shows what
-the learning rate does to outliers. Every row is an ordinary run of train.py, in a process and a directory of its own. Its command is
+the learning rate does to outliers.
+
+Every row is an ordinary run of train.py, in a process and a directory of its own. Its command is
 printed. Other options of train.py are passed on to all rows. The same command again goes on where
 it was stopped: it keeps finished rows and measurements, and resumes unfinished rows.
 """
@@ -45,12 +47,9 @@ TABLE_2 = [  # optimizer, norm, embproj, hot: the rows of the paper, in its orde
     ("muon", "ss", True, False),
 ]
 NOT_IN_THE_PAPER = [
-    ("adam", "ss", False, False),
-    ("adam", "rms", True, False),
-    ("adam", "ss", True, False),
-    ("muon-only", "ss", False, False),
-    ("muon-only", "rms", True, False),
-    ("muon-only", "ss", True, False),
+    (optimizer, norm, embproj, False)
+    for optimizer in ("adam", "muon-only") for embproj in (False, True) for norm in ("rms", "ss")
+    if norm == "ss" or embproj
 ]
 HOT = 2  # a hot row's learning rate over Adam's
 OWN_OPTIONS = {"ablation", "full", "seeds", "gpus", "seed", "out", "json"}  # not those of a row
@@ -266,11 +265,16 @@ def mean_and_spread(values, digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
+def with_rate(result: dict) -> str:
+    """"Adam, hot (0.002)": what was measured, and its learning rate."""
+    return f"{result['label']} ({result['lr']:g})"
+
+
 def ablation_table(results: list[dict]) -> str:
     """Markdown, one line a configuration: the mean over seeds, and their standard deviation."""
     groups = {}
     for result in results:
-        groups.setdefault(f"{result['label']} ({result['lr']:g})", []).append(result)
+        groups.setdefault(with_rate(result), []).append(result)
     seeds = len(next(iter(groups.values())))
     head = [
         f"model (learning rate), {seeds} seed(s)", "validation loss", "bits per byte",

@@ -6,7 +6,6 @@ are printed side by side; if not, the command that makes it.
 
 import contextlib
 import io
-import itertools
 import json
 import os
 import shlex
@@ -16,7 +15,7 @@ from pathlib import Path
 import train
 from nanoosp.files import write_text
 from nanoosp.options import parse
-from nanoosp.run import ROOT, label, remembered, slug
+from nanoosp.run import ROOT, label, launcher, numbered, remembered, slug
 from nanoosp.summary import table
 from tools.ablation import typed
 
@@ -91,8 +90,7 @@ def find_sibling(options: dict, directory: Path):
     wanted, at_other_rates = sibling_method(options), []
     kind = "adam_lr" if wanted is PLAIN else "muon_lr"
     beside = directory.resolve().parent.glob("*/summary.json")
-    paths = sorted(beside, key=lambda path: -path.stat().st_mtime)
-    for path in paths:
+    for path in sorted(beside, key=lambda path: -path.stat().st_mtime):
         try:
             theirs = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
             summary = json.loads(path.read_text(encoding="utf-8"))
@@ -107,7 +105,7 @@ def find_sibling(options: dict, directory: Path):
     return at_other_rates[0] if at_other_rates else None
 
 
-def sibling_command(options: dict, directory: Path = ROOT / "runs/any") -> str:
+def sibling_command(options: dict, directory: Path) -> str:
     """The command that trains the run to compare with, at its preset's learning rate, beside the
     run in `directory`."""
     method = ["--osp"] if sibling_method(options) is train.OSP else []
@@ -133,18 +131,9 @@ def sibling_command(options: dict, directory: Path = ROOT / "runs/any") -> str:
                  if usual[name] != value or name == "data" and not has_text}
     if "data" in first and Path(first["data"]).exists():
         first["data"] = os.path.relpath(first["data"])
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    per_node = os.environ.get("LOCAL_WORLD_SIZE", ranks)
-    launcher = ["python"] if ranks == "1" else ["torchrun", "--nproc-per-node", per_node]
-    words = first | words
-    if directory.resolve().parent != (ROOT / "runs").resolve():  # where new runs go by themselves
-        words["out"] = os.path.relpath(directory.resolve().parent / new_name(options, directory))
-    return shlex.join([*launcher, os.path.relpath(train.__file__), *method, *typed(words)])
-
-
-def new_name(options: dict, directory: Path) -> str:
-    """A directory's name that is not taken beside `directory`."""
-    name = slug(sibling_method(options))
-    taken = {path.name for path in directory.resolve().parent.iterdir()}
-    numbered = (f"{name}-{i}" for i in itertools.count(2))
-    return next(n for n in itertools.chain([name], numbered) if n not in taken)
+    words, folder = first | words, directory.resolve().parent
+    if folder != (ROOT / "runs").resolve():  # where new runs go by themselves
+        free = (path for path in numbered(folder / slug(sibling_method(options)))
+                if not os.path.lexists(path))
+        words["out"] = os.path.relpath(next(free))
+    return shlex.join([*launcher(), os.path.relpath(train.__file__), *method, *typed(words)])

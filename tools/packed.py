@@ -16,7 +16,7 @@ import torch.nn as nn
 from model import Config, Transformer
 from nanoosp.files import save_archive
 from nanoosp.formats import BLOCK, E2M1, read_scale, stored_scale
-from quantize import Recipe, attach_ffn_hadamard, attach_rounding, linears, nearest_code, per_column
+from quantize import Recipe, attach_ffn_hadamard, attach_rounding, linears, per_column, weight_codes
 
 VERSIONS = {"int": 2, "mxfp4": 3, "nvfp4": 3}
 PACKING = "code + 8 as a nibble; the low nibble of a byte is the even column"
@@ -61,11 +61,9 @@ def save_packed(model, path: Path, options: dict, data: dict):
         raise ValueError(f"a file holds weights of 4 bits, not {recipe.w}")
     weights = {name: W.cpu() for name, W in model.state_dict().items()}
     scales = {name: scale.cpu() for name, scale in model.scales.items()}
-    codes = {}
-    for name, scale in scales.items():
-        W = weights.pop(f"{name}.weight").float()
-        code = nearest_code(W / per_column(scale, W.shape[1]), recipe)
-        codes[name] = pack(to_integer(code, recipe.format))
+    codes = {name: weight_codes(weights.pop(f"{name}.weight"), scale, recipe)
+             for name, scale in scales.items()}
+    codes = {name: pack(to_integer(code, recipe.format)) for name, code in codes.items()}
     quantization = dict(bits=recipe.bits, method=recipe.method, symmetric=recipe.symmetric,
                         ffn_hadamard=recipe.does("had"), scales=scales)
     if recipe.format != "int":

@@ -23,6 +23,7 @@ import torch
 
 from eval import attention_sinks, states_of_a_window, strongest_sink
 from nanoosp.files import read_log, require
+from quantize import round_tokens
 
 require("matplotlib", "drawing figures").use("Agg")  # write files, open no window
 import matplotlib.pyplot as plt  # noqa: E402 (it needs the line above)
@@ -126,9 +127,8 @@ def state_name(i: int) -> str:
     return "embedding output" if i == 0 else f"output of block {i}"
 
 
-def loudest_token(states: torch.Tensor, state: int) -> torch.Tensor:
-    """[L + 1, T, D] -> [D]: the vector with the largest value at a state, over its root mean square."""
-    x = states[state]
+def loudest_token(x: torch.Tensor) -> torch.Tensor:
+    """[T, D] -> [D]: the vector with the largest value, over its root mean square."""
     x = x[x.abs().amax(dim=1).argmax()]
     return x / x.square().mean().sqrt()
 
@@ -148,8 +148,7 @@ def draw_grid(shown: list[tuple[str, torch.Tensor]], state: int):
         low, high = min(x.min().item(), 0), max(x.max().item(), 0)
         step = (high - low) / 15
         values = step * (torch.arange(16) - round(-low / step))  # those of round_tokens()
-        nearest = (x[:, None] - values).abs().argmin(dim=1)
-        fullest = nearest.bincount(minlength=16).sort(descending=True).values
+        fullest = round_tokens(x, 4).unique(return_counts=True)[1].sort(descending=True).values
         color = style(label)[0]
         axis.hist(x.numpy(), bins=torch.linspace(-widest, widest, 121).tolist(), color=color)
         top = axis.get_ylim()[1]
@@ -336,10 +335,11 @@ def draw_all(pictures: list[Picture], out: Path) -> list[Path]:
         first_of.setdefault(p.label, p)
     shown = list(first_of.values())[:9]  # one model of each configuration
     state = worst_state(pictures)
-    windows = [(p.label, p.states[state].abs()) for p in shown]
+    windows = [(p.label, p.states[state]) for p in shown]
     figures = {
-        "grid": draw_grid([(p.label, loudest_token(p.states, state)) for p in shown], state),
-        "activations": draw_activations([(label, x / x.median()) for label, x in windows], state),
+        "grid": draw_grid([(label, loudest_token(x)) for label, x in windows], state),
+        "activations": draw_activations(
+            [(label, x.abs() / x.abs().median()) for label, x in windows], state),
         "layers": draw_layers([(p.label, p.row["kurtosis_per_layer"]) for p in pictures], floor),
         "sinks": draw_sinks([(p.label, p.head, p.share, p.logits) for p in shown]),
     }

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs 
 from model import hooked  # noqa: E402 (it and the rest need the line above)
 from nanoosp.machine import pick_device  # noqa: E402
 from nanoosp.options import command, option, parse  # noqa: E402
-from quantize import Recipe, linears, nearest_code, per_column, recipe_scale  # noqa: E402
+from quantize import Recipe, linears, per_column, recipe_scale, weight_codes  # noqa: E402
 from tools.loading import load  # noqa: E402
 
 
@@ -42,8 +42,9 @@ def measure(model, windows) -> dict:
         model(windows[:, :-1])
     for name, linear in linears(model).items():
         W, recipe = linear.weight, Recipe("4-16-16")
-        scale = per_column(recipe_scale(W, recipe), W.shape[1])
-        X, W, Q = (t.double() for t in (inputs[name], W, scale * nearest_code(W / scale, recipe)))
+        scale = recipe_scale(W, recipe)
+        Q = per_column(scale, W.shape[1]) * weight_codes(W, scale, recipe)
+        X, W, Q = (tensor.double() for tensor in (inputs[name], W, Q))
         S = torch.linalg.svdvals(W)
         values.append([(Q - W).norm() / W.norm(), (X @ (Q - W).mT).norm() / (X @ W.mT).norm(),
                        S.square().sum() / S[0] ** 2 / len(S)])
