@@ -265,10 +265,15 @@ def new_directory(opt) -> Path:
             continue
 
 
+def check_data(trained_on: dict, data):
+    """Raise ValueError unless a run was trained on this Dataset. `trained_on`: what its checkpoint says of its data."""
+    if trained_on != data.meta:
+        raise ValueError(f"{data.directory} is other data than this run was trained on (tokenizer, size or source)")
+
+
 def restore(state: dict, model, optimizers, data):
     """Put a checkpoint into a fresh model and its optimizers. Raises ValueError if they differ."""
-    if state["data"] != data.meta:
-        raise ValueError(f"{data.directory} is other data than this run was trained on (tokenizer, size or source)")
+    check_data(state["data"], data)
     try:
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):

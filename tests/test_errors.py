@@ -141,6 +141,25 @@ def test_resume_on_other_data(fails, finished, tmp_path):
     fails(["--resume", finished, "--steps", "9", "--device", "cpu", "--data", tmp_path / "other"], 1, "other data")
 
 
+def test_data_that_took_the_place_of_a_runs_own_is_measured_and_calibrated_on_by_nobody(fails, small_run, tmp_path):
+    """The same text in another tokenizer would have another loss, or an index beyond the embedding."""
+    words = "".join(f"some words {i}\n" for i in range(900))
+    (tmp_path / "t.txt").write_text(words)
+    prepare(tmp_path / "d", "bytes", tmp_path / "t.txt")
+    train.main([*small_run[:-1], str(tmp_path / "d"), "--steps", "2", "--out", str(tmp_path / "r")])
+    evaluation.main([str(tmp_path / "r"), "--device", "cpu", "--bits", "none"])  # still the same
+    meta = json.loads((tmp_path / "d/meta.json").read_text())
+    larger = dict(meta, tokenizer="r50k_base", vocab_size=50257)
+    for other in (larger, dict(meta, bytes_per_token=2.0), dict(meta, source="0" * 64)):
+        (tmp_path / "d/meta.json").write_text(json.dumps(other))
+        fails(["--resume", tmp_path / "r", "--steps", "9", "--device", "cpu"], 1, "other data than this run was trained on")
+        for script, argv in ((evaluation, ["--bits", "none"]), (quantize, ["--out", tmp_path / "q.pt"])):
+            with pytest.raises(SystemExit, match="error: .*other data than this run was trained on") as error:
+                script.main([str(tmp_path / "r"), "--device", "cpu", *map(str, argv)])
+            assert "\n" not in error.value.code and not (tmp_path / "q.pt").exists()
+    evaluation.main([str(tmp_path / "r"), "--device", "cpu", "--bits", "none", "--text", str(tmp_path / "t.txt")])
+
+
 def test_resume_on_other_raw_shards(fails, small_run, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -11,7 +11,7 @@ from data.tokenizer import encode, tokenizer_of
 from model import Transformer
 from nanoosp.files import read_archive, read_text
 from nanoosp.rotations import SPIN_BATCH
-from nanoosp.run import OPTIMIZERS, check_checkpoint, label, model_from_checkpoint
+from nanoosp.run import OPTIMIZERS, check_checkpoint, check_data, label, model_from_checkpoint
 from quantize import GPTQ_SAMPLES, Recipe
 from tools.huggingface import is_llama, load_llama
 from tools.packed import packed_model
@@ -48,12 +48,15 @@ class Loaded:
         return self.options["seq_len"]
 
     def dataset(self, split: str = "val") -> Dataset:
-        """The data it was trained on. Raises ValueError for a model from elsewhere."""
+        """The data it was trained on. Raises ValueError for a model from elsewhere, and for other
+        data that has taken its place."""
         if "data" not in self.options:
             raise ValueError(f"{self.path} is a Hugging Face model, which brings no text: name one "
                              "with --text FILE")
         directory = find_dataset(self.options["data"])
-        return Dataset(directory, split, self.seq_len, self.options["seed"])
+        data = Dataset(directory, split, self.seq_len, self.options["seed"])
+        check_data(self.data, data)
+        return data
 
     def text_blocks(self, file, block: int) -> TextBlocks:
         """A text file in blocks of `block` tokens. Raises OSError, and ValueError if too short."""
