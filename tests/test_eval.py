@@ -9,6 +9,8 @@ import torch
 from conftest import train_osp
 
 import eval as evaluation
+import quantize
+import train
 from data.dataset import Dataset, TextBlocks
 from data.tokenizer import encode, tokenizer
 from eval import (
@@ -51,6 +53,38 @@ def model_with(seed=0, **changes):
 
 def measure(model, data, batch_size=8):
     return evaluate(model, data, batch_size=batch_size, everywhere=True)
+
+
+# Without a network
+
+
+def test_a_run_on_gpt2_tokens_needs_no_network(tmp_path, monkeypatch, capsys):
+    """It is trained, continued, evaluated and quantized where GPT-2's table cannot be fetched."""
+    def no_network(*args, **kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
+    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
+    monkeypatch.setattr("tiktoken.load.read_file", no_network)
+    with pytest.raises(ValueError, match="could not be fetched .ConnectionError.; set TIKTOKEN"):
+        tokenizer("r50k_base")
+    (tmp_path / "d").mkdir()
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        rng.integers(50257, size=3000).astype(np.uint16).tofile(tmp_path / f"d/{split}.bin")
+    shape = "--preset tiny --n-layer 1 --n-head 2 --n-embd 32 --seq-len 16 --batch-size 8"
+    run, four = str(tmp_path / "r"), str(tmp_path / "four.pt")
+    train.main([*shape.split(), "--device", "cpu", "--steps", "2", "--data", str(tmp_path / "d"),
+                "--out", run])
+    train.main(["--resume", run, "--steps", "3", "--device", "cpu"])
+    quantize.main([run, "--method", "gptq", "--out", four, "--device", "cpu"])
+    capsys.readouterr()
+    evaluation.main([run, "--device", "cpu", "--methods", "rtn,gptq"])
+    evaluation.main([four, "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert re.search(r"position \d+, token \d+\n", out) and "bits per byte" not in out
+    with pytest.raises(SystemExit, match="error: tokenizer 'r50k_base' could not be fetched"):
+        evaluation.main([run, "--device", "cpu", "--prompt", "some"])
 
 
 # Estimators

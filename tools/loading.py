@@ -43,6 +43,14 @@ class Loaded:
     def encoding(self):
         return tokenizer_of(self.data)
 
+    def spelled(self, token: int) -> str:
+        """A token's text for the eye; its number where there is no tokenizer, as without a network,
+        since nothing else about a dataset needs one."""
+        try:
+            return repr(self.encoding.decode([token]))
+        except (ValueError, ImportError):
+            return str(token)
+
     @property
     def seq_len(self) -> int:
         return self.options["seq_len"]

@@ -30,7 +30,7 @@ def describe(loaded, row: dict) -> str:
     state = strongest_state(row["largest"])
     top, sinks = row["largest"][state], row["sinks"]
     place = "embedding output" if state == 0 else f"output of block {state}"
-    token = loaded.encoding.decode([top["token"]])
+    token = loaded.spelled(top["token"])
     layer, head = strongest_sink(sinks)
     share, inside, outside = (sinks[key][layer][head] for key in ("share", "inside", "outside"))
     bits = f", {row['bits_per_byte']:.4f} bits per byte" if row["bits_per_byte"] else ""
@@ -40,7 +40,7 @@ def describe(loaded, row: dict) -> str:
                             "over the residual stream"),
         ("stands out most", f"|x| = {top['value']:.1f}, {top['ratio']:.0f} times the median of its "
                             f"sequence: {place}, channel {top['channel']}, position "
-                            f"{top['position']}, token {token!r}"),
+                            f"{top['position']}, token {token}"),
         ("attention sinks", f"{n_sinks(sinks)} heads give the first token over "
                             f"{100 * SINK:.0f} % (even attention gives {sinks['uniform']:.1%});"),
         ("", f"most, {share:.1%}, block {layer + 1} head {head + 1}, with a mean logit of "
