@@ -6,7 +6,8 @@ A dataset is a directory:
     meta.json             tokenizer, vocab_size, tokens and bytes of each split, source's sha256
     tokenizer.json        a copy of Hugging Face's file, if that is the tokenizer
 Shards from elsewhere work too: those of llm.c, under any name with "train" or "val" in it, and
-nanoGPT's train.bin and val.bin, which have no header. Without meta.json they are GPT-2 tokens.
+nanoGPT's train.bin and val.bin, which have no header. Without meta.json they are GPT-2 tokens,
+unless a meta.pkl says otherwise: nanoGPT's for characters, refused, since a pickle can run code.
 
 A batch is a pure function of (dataset, seed, step). A resumed run reads what the uninterrupted one
 would have read, for any number of ranks, and evaluating in between changes nothing.
@@ -152,20 +153,26 @@ def evenly_spaced(n: int, total: int) -> np.ndarray:
 
 
 def write_shard(path: Path, tokens: np.ndarray):
-    """Write one shard. Raises ValueError if a token does not fit 16 bits."""
+    """Write one shard. Raises ValueError if a token does not fit 16 bits, or their number 31."""
     if len(tokens) and tokens.max() >= 2**16:
         raise ValueError(f"token {tokens.max()} does not fit the 16 bits of a shard")
+    if len(tokens) >= 2**31:
+        raise ValueError(f"{len(tokens):,} tokens are too many for one shard")
     header = np.zeros(HEADER, dtype=np.int32)
     header[:3] = MAGIC, VERSION, len(tokens)
     with open(path, "wb") as file:
         file.write(header.tobytes())
-        file.write(tokens.astype(np.uint16).tobytes())
+        file.write(np.ascontiguousarray(tokens, np.uint16))  # uint16 without a copy in memory
 
 
 def open_shard(path: Path) -> np.memmap:
     """The tokens of a shard, uint16, read when they are used. ValueError for a damaged file."""
     size = path.stat().st_size
     start = np.fromfile(path, dtype=np.int32, count=3)
+    if len(start) and start[0] != MAGIC and start[0] // 10_000 == MAGIC // 10_000:  # all are dates
+        raise ValueError(f"{path} is a file of llm.c with the magic number {start[0]}, not "
+                         f"{MAGIC}: only 16-bit tokens are read (those of Llama 3 have 32): "
+                         "prepare the text with data/prepare.py or data/corpus.py")
     if len(start) == 3 and start[0] == MAGIC:
         expected = HEADER * 4 + int(start[2]) * 2
         if start[1] != VERSION:
@@ -176,7 +183,11 @@ def open_shard(path: Path) -> np.memmap:
         return np.memmap(path, dtype=np.uint16, mode="r", offset=HEADER * 4)
     if size == 0 or size % 2:
         raise ValueError(f"{path} is no token file: {size:,} bytes, no header, no 16-bit tokens")
-    return np.memmap(path, dtype=np.uint16, mode="r")  # nanoGPT's
+    tokens = np.memmap(path, dtype=np.uint16, mode="r")  # nanoGPT's
+    if len(tokens) >= 100 and max(tokens[1:2000:2]) < 8:  # the upper halves of small numbers
+        raise ValueError(f"{path} holds numbers of 32 bits or more, not 16-bit tokens: prepare the "
+                         "text with data/prepare.py or data/corpus.py")
+    return tokens
 
 
 # What is known of a dataset
@@ -203,11 +214,15 @@ def read_meta(directory: Path) -> dict:
     """The content of meta.json and, as "tokenizer_json", of a tokenizer.json that belongs to it.
 
     Without meta.json: GPT-2's tokenizer and a fingerprint of the shards. Raises ValueError for a
-    damaged meta.json, and OSError for a missing tokenizer.json.
+    damaged meta.json or nanoGPT's meta.pkl, and OSError for a missing tokenizer.json.
     """
     path = directory / "meta.json"
     if not path.exists() and (directory / "manifest.json").exists():
         raise ValueError(f"{directory} is unfinished: repeat the data/corpus.py command for it")
+    if not path.exists() and (directory / "meta.pkl").exists():
+        raise ValueError(f"{directory} has a vocabulary of its own in nanoGPT's meta.pkl, a "
+                         "pickle, which is never opened: prepare the text with python "
+                         "data/prepare.py --text FILE")
     if not path.exists():
         source = hashlib.sha256()
         for shard in sorted(directory.glob("*.bin")):

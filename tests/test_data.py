@@ -1,3 +1,6 @@
+import pickle
+import struct
+
 import numpy as np
 import pytest
 import tiktoken
@@ -122,6 +125,53 @@ def test_few_documents_are_never_cut_and_a_mark_at_the_start_is_dropped(tmp_path
     (tmp_path / "t.txt").write_text("\ufeff" + "<|endoftext|>\n" + "text " * 900, encoding="utf-8")
     prepare(tmp_path / "out", "bytes", tmp_path / "t.txt")
     assert open_shard(tmp_path / "out/train_000000.bin")[:5].tolist() == [0, *b"text"]
+
+
+# Datasets of other programs
+
+
+def refused(folder, *words):
+    with pytest.raises(ValueError) as error:
+        Dataset(folder, "train", 9)
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_nanogpts_characters_are_not_taken_for_gpt2_tokens(tmp_path):
+    letters = sorted(set("to be or not"))
+    for split in ("train", "val"):
+        np.arange(200, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
+    vocabulary = dict(vocab_size=len(letters), itos=dict(enumerate(letters)), stoi={})
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(vocabulary))
+    refused(tmp_path, "meta.pkl", "never opened", "python data/prepare.py --text FILE")
+    (tmp_path / "meta.pkl").write_bytes(b"not even a pickle")
+    refused(tmp_path, "meta.pkl")
+
+
+def test_shards_of_32_bits_and_other_files_of_llm_c_are_refused(tmp_path):
+    ids = np.random.default_rng(0).integers(128256, size=5000).astype(np.uint32)
+    path = tmp_path / "train_0.bin"
+    for magic, version in ((20240801, 7), (20240326, 3), (20240522, 1)):  # tokens, model, questions
+        path.write_bytes(struct.pack("<256i", magic, version, len(ids), *[0] * 253) + ids.tobytes())
+        refused(tmp_path, "train_0.bin", str(magic), "16-bit tokens", "data/prepare.py")
+    for dtype in (np.uint32, np.int64):  # without a header
+        ids.astype(dtype).tofile(path)
+        refused(tmp_path, "train_0.bin", "32 bits or more", "data/prepare.py")
+    gpt2 = np.random.default_rng(0).integers(50257, size=5000).astype(np.uint16)
+    gpt2.tofile(path)
+    assert Dataset(tmp_path, "train", 9).meta["bytes_per_token"] is None
+
+
+def test_a_shard_has_a_header_that_can_count_its_tokens(tmp_path):
+    class Huge:
+        def __len__(self):
+            return 2**31
+
+        def max(self):
+            return 0
+
+    with pytest.raises(ValueError, match="2,147,483,648 tokens are too many"):
+        write_shard(tmp_path / "a.bin", Huge())
 
 
 def test_a_shard_belongs_to_the_split_that_its_name_says(tmp_path):
