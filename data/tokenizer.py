@@ -4,6 +4,8 @@
     ids = encode(encoding, "some text")   int64 [n]; no special token, whatever the text says
     text = encoding.decode(ids)
     separator(encoding)                   the token before every document
+    split_documents(text)                 what lies between lines that read <|endoftext|>
+    encode_document(encoding, document)   separator and tokens, as they lie in a dataset
 
 An encoding is a tiktoken.Encoding or, for a Hugging Face model's tokenizer.json, a JsonTokenizer.
 Both also have .name and .n_vocab, which is the largest id + 1.
@@ -92,9 +94,43 @@ def encode(encoding, text: str) -> np.ndarray:
         return np.concatenate([encode(encoding, text[:half]), encode(encoding, text[half:])])
 
 
+class HoldsSeparator(ValueError):
+    """A text has the character NUL, and the byte 0 separates documents."""
+
+
+def encode_whole(encoding, text: str) -> np.ndarray:
+    """Token ids of a text that is not the middle of another one. Raises what encode() does, and
+    HoldsSeparator: a NUL would end the text for a model."""
+    ids = encode(encoding, text)
+    if "\0" in text and separator(encoding) in ids:
+        raise HoldsSeparator("the text holds the character NUL, which separates documents in "
+                             f"tokens of {encoding.name!r}: remove it, or use another tokenizer")
+    return ids
+
+
+def encode_document(encoding, document: str) -> np.ndarray:
+    """What stands in a dataset for a document: the separator and the ids of encode_whole."""
+    return np.concatenate([[separator(encoding)], encode_whole(encoding, document)])
+
+
+BORDER = re.compile(r"\n<\|endoftext\|>[^\S\n]*(?=\n|\Z)")  # found from its fixed characters: fast
+
+
+def has_borders(text: str) -> bool:
+    """Has it lines that read <|endoftext|>?"""
+    return bool(BORDER.search("\n" + text))
+
+
+def split_documents(text: str) -> list[str]:
+    """The documents of a text: what lies between lines that read <|endoftext|>, without the blanks
+    and line breaks around it."""
+    parts = BORDER.split("\n" + text)
+    return [part.strip() for part in parts if part.strip()]
+
+
 def separator(encoding) -> int:
-    """The token before every document: <|endoftext|> or its like, or else the byte 0, which no text
-    contains. Raises ValueError if there is neither."""
+    """The token before every document: <|endoftext|> or its like, or else the byte 0, which
+    encode_whole refuses within a text. Raises ValueError if there is neither."""
     if isinstance(encoding, JsonTokenizer):
         return encoding.separator()
     if "<|endoftext|>" in encoding.special_tokens_set:

@@ -4,12 +4,19 @@ torch is imported where it is used: the scripts of data/ need none of it, and it
 """
 
 import contextlib
+import gzip
 import importlib
 import json
 import os
 import shutil
 import zipfile
+import zlib
 from pathlib import Path
+
+try:
+    import lzma
+except ImportError:  # some Pythons are built without it
+    lzma = None
 
 
 @contextlib.contextmanager
@@ -47,12 +54,40 @@ def read_log(path: Path) -> list[dict]:
     return [record for record in records if isinstance(record, dict)]
 
 
-def read_text(path) -> str:
-    """The text of a file, without the byte order mark that some editors put in front. Raises OSError and ValueError."""
+OPENERS = {".gz": gzip.open} | ({".xz": lzma.open} if lzma else {})
+# What is raised for a file that is not what its name says, and for any that cannot be read
+DAMAGED = (ValueError, EOFError, gzip.BadGzipFile, zlib.error, *([lzma.LZMAError] if lzma else []))
+READ_ERRORS = (OSError, *DAMAGED)
+
+
+def opened(path):
+    """The file's bytes, decompressed if its name ends in .gz or .xz, as a file to read from."""
+    return OPENERS.get(Path(path).suffix, open)(path, "rb")
+
+
+def decoded(data: bytes, offset: int = 0) -> str:
+    """UTF-8 as text, every character as it stands, line ends too, but for the byte order mark that some editors put in
+    front of a file. `offset`: where `data` begins in it. Raises ValueError with the number of a byte that is not UTF-8."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start} cannot be read)") from error
+        raise ValueError(f"not UTF-8 text (byte {offset + error.start} cannot be read)") from error
+    return text if offset else text.removeprefix("\ufeff")
+
+
+def read_text(path) -> str:
+    """The text of a file, see opened() and decoded(). Raises FileNotFoundError and other OSErrors, and ValueError."""
+    try:
+        with opened(path) as file:
+            data = file.read()
+    except READ_ERRORS as error:
+        if isinstance(error, OSError) and error.errno:  # the system's, which name the file
+            raise
+        raise ValueError(f"{path} cannot be read: {error or 'it ends too early'}") from error
+    try:
+        return decoded(data)
+    except ValueError as error:
+        raise ValueError(f"{path} is {error}") from error
 
 
 def require(module: str, purpose: str):

@@ -1,3 +1,5 @@
+import gzip
+import lzma
 import pickle
 import struct
 
@@ -9,7 +11,8 @@ import torch
 from data.dataset import (HEADER, MAGIC, Dataset, TextBlocks, evenly_spaced, open_shard, permute,
                           write_shard)
 from data.prepare import plain_text, prepare, split_text
-from data.tokenizer import encode, separator, tokenizer
+from data.tokenizer import encode, encode_document, separator, tokenizer
+from nanoosp.files import read_text
 from quantize import Recipe
 from tools.loading import Loaded
 
@@ -125,6 +128,84 @@ def test_few_documents_are_never_cut_and_a_mark_at_the_start_is_dropped(tmp_path
     (tmp_path / "t.txt").write_text("\ufeff" + "<|endoftext|>\n" + "text " * 900, encoding="utf-8")
     prepare(tmp_path / "out", "bytes", tmp_path / "t.txt")
     assert open_shard(tmp_path / "out/train_000000.bin")[:5].tolist() == [0, *b"text"]
+
+
+LINE_ENDS = "one\r\ntwo\rthree\n\r\nfour\x85five\u2028six\r\n"
+
+
+def bytes_model(seq_len):
+    loaded = Loaded(None, None, {"seq_len": seq_len}, {"tokenizer": "bytes"}, None)
+    return lambda file: loaded.text_blocks(file, seq_len + 1)
+
+
+def test_every_character_of_a_text_reaches_the_model(tmp_path):
+    text = LINE_ENDS * 60 + "end"
+    (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())  # with a byte order mark
+    prepare(tmp_path / "out", "bytes", tmp_path / "t.txt")
+    parts = [open_shard(tmp_path / f"out/{split}_000000.bin")[1:] for split in ("train", "val")]
+    kept = b"".join(bytes(part.astype(np.uint8)) for part in parts)
+    cut = len(parts[0])  # blanks around it are dropped
+    assert text.encode().startswith(kept[:cut]) and text.encode().endswith(kept[cut:])
+    assert len(text.encode()) - len(kept) <= 2
+    blocks = bytes_model(6)(tmp_path / "t.txt")
+    ids = blocks.windows(np.arange(blocks.n_windows)).ravel()
+    assert bytes(ids.astype(np.uint8)) == text.encode()[: len(ids)]
+
+
+def test_a_text_without_borders_is_measured_as_it_stands(tmp_path):
+    """As WikiText-2 is: its first character is a blank, and no separator stands before it."""
+    text = " \n = Robert <unk> = \n \n Robert said <|endoftext|> once . \n" * 9 + " \n"
+    (tmp_path / "t.txt").write_text(text)
+    blocks = bytes_model(len(text) - 1)(tmp_path / "t.txt")
+    assert blocks.windows(np.arange(1)).ravel().tolist() == list(text.encode())
+    assert blocks.meta == {"bytes_per_token": 1.0}
+
+
+def test_a_text_with_borders_is_measured_as_it_would_be_prepared(tmp_path):
+    for ends, name in (("\n", "unix"), ("\r\n", "windows")):
+        texts = [f"document {i}{ends}é " + "ab " * i + "." for i in range(40)]
+        border = f"{ends}{ends}<|endoftext|> {ends}{ends}"
+        (tmp_path / name).write_bytes((border.join(texts) + border).encode())
+        meta = prepare(tmp_path / f"out-{name}", "bytes", tmp_path / name)
+        by_prepare = open_shard(tmp_path / f"out-{name}/val_000000.bin").tolist()
+        wanted = [b for text in texts for b in (0, *text.encode())]
+        blocks = bytes_model(len(wanted) - 1)(tmp_path / name)
+        assert blocks.windows(np.arange(1)).ravel().tolist() == wanted
+        assert blocks.meta["bytes_per_token"] == sum(len(t.encode()) for t in texts) / len(wanted)
+        (tmp_path / "val").write_bytes(border.join(texts[19::20]).encode())
+        blocks = bytes_model(len(by_prepare) - 1)(tmp_path / "val")
+        assert blocks.windows(np.arange(1)).ravel().tolist() == by_prepare
+        assert blocks.meta["bytes_per_token"] == meta["bytes_per_token"]
+
+
+@pytest.mark.parametrize("border", ["", "\n<|endoftext|>\n"])
+def test_a_nul_would_end_a_document_and_is_refused_by_name(tmp_path, border, gpt2_like):
+    (tmp_path / "t.txt").write_text("some text\n" * 30 + border + "a\0b " * 60)
+    for use in (lambda: prepare(tmp_path / "out", "bytes", tmp_path / "t.txt"),
+                lambda: bytes_model(8)(tmp_path / "t.txt")):
+        with pytest.raises(ValueError, match="t.txt: .*NUL.*'bytes'"):
+            use()
+    assert [p.name for p in tmp_path.iterdir()] == ["t.txt"]
+    assert 0 in encode_document(gpt2_like, "a\0b")  # here it is a token like any other
+
+
+def test_compressed_texts_are_read_and_damaged_ones_named(tmp_path):
+    text = "line of text\r\n" * 99
+    for name, packed in (("a.txt", text.encode()), ("a.txt.gz", gzip.compress(text.encode())),
+                         ("a.txt.xz", lzma.compress(text.encode()))):
+        (tmp_path / name).write_bytes(packed)
+        assert read_text(tmp_path / name) == text
+        if name != "a.txt":
+            for damaged in (packed[:-9], b"no such format", packed[:40] + b"x" * 40):
+                (tmp_path / name).write_bytes(damaged)
+                with pytest.raises(ValueError, match=f"{name} cannot be read") as error:
+                    read_text(tmp_path / name)
+                assert "\n" not in str(error.value)
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfcaf\xe9")
+    with pytest.raises(ValueError, match="b.txt is not UTF-8 text .byte 6 "):
+        read_text(tmp_path / "b.txt")
+    with pytest.raises(FileNotFoundError):
+        read_text(tmp_path / "c.txt")
 
 
 # Datasets of other programs

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from data.dataset import TOKENIZER_JSON, Dataset, TextBlocks, find_dataset
-from data.tokenizer import encode, tokenizer_of
+from data.tokenizer import (encode_document, encode_whole, has_borders, split_documents,
+                            tokenizer_of)
 from model import Transformer
 from nanoosp.files import read_archive, read_text
 from nanoosp.rotations import SPIN_BATCH
@@ -67,10 +69,20 @@ class Loaded:
         return data
 
     def text_blocks(self, file, block: int) -> TextBlocks:
-        """A text file in blocks of `block` tokens. Raises OSError, and ValueError if too short."""
+        """A text file in blocks of `block` tokens. Raises OSError, and ValueError if too short.
+
+        Documents are separated as in a dataset. A text without border lines is measured as it
+        stands, with nothing in front: so WikiText-2's perplexity is published.
+        """
         text = read_text(file)
         try:
-            return TextBlocks(encode(self.encoding, text), block, len(text.encode()))
+            if has_borders(text):
+                texts = split_documents(text)
+                parts = [encode_document(self.encoding, document) for document in texts]
+            else:
+                texts, parts = [text], [encode_whole(self.encoding, text)]
+            n_bytes = sum(len(document.encode()) for document in texts)
+            return TextBlocks(np.concatenate([np.empty(0, np.int64), *parts]), block, n_bytes)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
 
