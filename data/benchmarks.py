@@ -1,7 +1,7 @@
 """The ten benchmarks, from their original files to the task files that eval.py --tasks scores.
 
     python data/benchmarks.py all --hub --out tasks        fetch and convert all of them
-    python data/benchmarks.py piqa FILE --out tasks        convert a .parquet, .jsonl or .jsonl.gz
+    python data/benchmarks.py piqa FILE --out tasks        convert a .parquet or .jsonl(.gz, .xz)
     python data/benchmarks.py gsm8k FILE --train FILE --out tasks      with solved examples
 
 Prompts, splits and numbers of solved examples are those of the paper's evaluation, in its
@@ -16,7 +16,6 @@ FILEs are as the datasets on the Hugging Face hub have them. tools/tasks.py desc
 Parquet and --hub need requirements-extra.txt.
 """
 
-import gzip
 import json
 import re
 import string
@@ -30,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from a
 from tqdm import tqdm
 
 from data.sources import download
-from nanoosp.files import require, write_text
+from nanoosp.files import DAMAGED, opened, require, write_text
 from nanoosp.options import command, fail, option, parse
 
 # Converters: a row of the dataset -> a question. exact: with the paper's oddities.
@@ -149,7 +148,7 @@ def read_rows(path: Path):
         for batch in require("pyarrow.parquet", path.name).ParquetFile(path).iter_batches(1024):
             yield from batch.to_pylist()
     else:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        with opened(path) as file:
             yield from (json.loads(line) for line in file if line.strip())
 
 
@@ -171,8 +170,7 @@ def convert(task: str, files: list[Path], exact: bool) -> list[str]:
                 line = json.dumps(ORIGINS[task].convert(row, exact), ensure_ascii=False)
                 line.encode("utf-8")  # half of a surrogate pair cannot be written
                 questions.append(line)
-        except (ValueError, LookupError, TypeError, AttributeError, EOFError,
-                gzip.BadGzipFile) as error:
+        except (*DAMAGED, LookupError, TypeError, AttributeError, RecursionError) as error:
             row = len(questions) - before + 1
             raise ValueError(f"{path}, row {row}, does not fit {task}: {error!r}") from error
     if not questions:

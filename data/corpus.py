@@ -5,14 +5,17 @@ text that fits in memory there is prepare.py.
     python data/corpus.py --text web/=0.7 code/=0.3 --out DIR       70 % of the tokens from web/
     python data/corpus.py --hub HuggingFaceFW/fineweb-edu:sample/10BT --out DIR     downloaded
 
-It reads .parquet and .jsonl(.gz), with a document a row, and .txt, .md and .py, where lines that
-read <|endoftext|> separate documents. A text of more than 1 MiB without such lines is cut, at a
-line break if there is one.
+It reads .parquet and .jsonl, with a document a row, and .txt, .md and .py, where lines that read
+<|endoftext|> separate documents; --endings .c .h reads other files as text. All but parquet may be
+compressed, as .gz or .xz. A text of more than 1 MiB without such lines is cut, at a line break if
+there is one. What a folder has besides, and files in it that cannot be read, are left out, and
+counted at the start and at the end.
 
 Of each source, the first of every --val-every documents becomes validation text, until there are
 --val-tokens of it. A mixture takes its next document from the source that is furthest behind its
-weight, counted in tokens. The result depends on the sources alone: the same command makes the same
-bytes, for any number of processes and after any interruption.
+weight, counted in tokens. Without weights, one source is read after the other, and each may give a
+share of the --val-tokens by its size. The result depends on the sources alone: the same command
+makes the same bytes, for any number of processes and after any interruption.
 
 DIR/manifest.json says how much is done. It is written every few seconds, after the tokens that it
 counts. Later tokens are cut off when the work continues. So nothing is lost or repeated, however a
@@ -22,6 +25,7 @@ last. Without it, train.py refuses the folder as unfinished.
 
 import argparse
 import contextlib
+import decimal
 import hashlib
 import json
 import math
@@ -41,7 +45,7 @@ from tqdm import tqdm
 
 from data.dataset import HEADER, TOKENIZER_JSON, open_shard, write_meta, write_shard
 from data.prepare import SHARD_TOKENS
-from data.sources import Source, open_sources, worker_pool
+from data.sources import ENDINGS, Source, open_sources, worker_pool
 from data.tokenizer import tokenizer_for_shards
 from nanoosp.files import whole, write_text
 from nanoosp.options import command, fail, flag, option, parse
@@ -51,10 +55,9 @@ try:
 except ImportError:
     fcntl = None
 
-# Bytes of text in a byte of file. Rough numbers, for the disk check and the progress bar only
-GROWTH = {".gz": 3.5, ".parquet": 1.8}
 # Options that a corpus keeps until it is finished
 FIXED = ("key", "shard_tokens", "val_every", "val_tokens", "tokenizer")
+CORES = os.cpu_count() or 1
 COMMIT_SECONDS = 5  # between two manifests: the work that a kill -9 costs
 
 
@@ -133,6 +136,7 @@ def read_manifest(out: Path) -> dict | None:
             file, block, document = source["position"]
             counts += [file, block, document, len(source["name"])]
             counts += [source["documents"], source["tokens"]]
+            counts += [n for n, _ in source.get("left_out", {}).values()]
         for name in ("train", "val"):
             split = manifest["splits"][name]
             counts += [split[n] for n in ("documents", "tokens", "bytes", "in_part")]
@@ -212,17 +216,17 @@ def mix(sources: list[Source], train: Split, val: Split, opt, bar):
     left = list(sources)
     while left and train.state["tokens"] < opt.max_tokens:
         source = min(left, key=lambda s: s.state["tokens"] / s.weight)  # the first of equals
-        for_val = (source.state["documents"] % opt.val_every == 0
-                   and val.state["tokens"] < opt.val_tokens)
-        document = source.take()
+        number, document = source.state["documents"], source.take()
         if document is not None:
+            for_val = (number % opt.val_every == 0
+                       and val.state["tokens"] < opt.val_tokens * source.share())
             (val if for_val else train).add(*document)
             bar.update(len(document[0]))
             yield
             continue
         left.remove(source)
         if not source.state["documents"]:
-            raise ValueError(f"{source.name}: no documents in it")
+            raise ValueError("; ".join([f"{source.name}: no documents in it", *source.left_out()]))
         if left:
             n = source.state["tokens"]
             bar.write(f"{source.name} ran out after {n:,} tokens; the others go on", sys.stderr)
@@ -241,7 +245,7 @@ def build(out: Path, specs: list[tuple], opt) -> dict:
             raise FileExistsError(f"{out} exists and is no unfinished corpus; remove it, or name "
                                   "another --out")
         revisions = old["revisions"] if old else {}
-        sources = open_sources(specs, opt.key, revisions)
+        sources = open_sources(specs, opt.key, revisions, opt.endings or ENDINGS)
         encoding = tokenizer_for_shards(opt.tokenizer)
         begun_with = {name: getattr(opt, name) for name in FIXED}
         begun_with["tokenizer"] = encoding.name
@@ -287,24 +291,25 @@ def check_begun_with(out: Path, old: dict, begun_with: dict):
         elif name == "tokenizer" and len(str(before)) == 64:  # a sha256
             before = f"a {TOKENIZER_JSON} with other contents"
         raise ValueError(f"{out} was begun with {difference}: {before}; use that again, or remove "
-                         f"{out}")
+                         f"{out} (an older version of this script may have begun it otherwise)")
 
 
 def convert(out: Path, encoding, sources: list[Source], splits: list[Split], manifest: dict,
             opt) -> dict:
     """Go from where the sources and splits are to the end. Returns meta.json."""
-    text = sum(file.size * GROWTH.get(Path(file.name).suffix, 1)
-               for source in sources for file in source.files)  # bytes
-    estimate = min(text / (1 if opt.tokenizer == "bytes" else 4), opt.max_tokens + opt.val_tokens)
     done = sum(split.state["tokens"] for split in splits)
-    check_disk(out, sources, max(estimate - done, 0), opt.shard_tokens)
-    commit(out, manifest, splits)
-    pool = worker_pool(opt.processes, opt.tokenizer, opt.key)
-    bar = tqdm(total=int(estimate), initial=done, unit=" tokens", unit_scale=True, disable=None,
-               leave=False)
+    processes = min(opt.processes, CORES)  # more would only take memory
+    pool = worker_pool(processes, opt.tokenizer, opt.key)
+    bar = tqdm(initial=done, unit=" tokens", unit_scale=True, disable=None, leave=False)
     try:
+        rough = 1 if opt.tokenizer == "bytes" else 0.25  # tokens in a byte
+        estimate = min(sum(source.estimate(pool, rough) for source in sources),
+                       opt.max_tokens + opt.val_tokens)
+        check_disk(out, sources, max(estimate - done, 0), opt.shard_tokens)
+        commit(out, manifest, splits)
+        bar.total = int(estimate)
         for source in sources:
-            source.start(pool, 2 * opt.processes + 2, out / "download")
+            source.start(pool, 2 * processes + 2, out / "download")
         committed = time.monotonic()
         for _ in mix(sources, *splits, opt, bar):
             if time.monotonic() - committed > COMMIT_SECONDS:
@@ -319,6 +324,8 @@ def convert(out: Path, encoding, sources: list[Source], splits: list[Split], man
     finally:
         bar.close()
         pool.shutdown(cancel_futures=True)
+    for line in (line for source in sources for line in source.left_out()):
+        print(line, file=sys.stderr)
 
     for path in out.glob("*.bin"):
         open_shard(path)  # raises if it is not whole
@@ -335,12 +342,12 @@ def convert(out: Path, encoding, sources: list[Source], splits: list[Split], man
 
 def count(text: str) -> int:
     """A positive whole number, also as 100e9."""
-    try:
-        if 1 <= float(text) < 2**63:
-            return int(float(text))
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} must be a positive whole number, like 100e9")
+    with contextlib.suppress(ValueError, decimal.InvalidOperation):
+        number = decimal.Decimal(text)  # unlike a float, exact
+        if 1 <= number < 2**63 and number == int(number):
+            return int(number)
+    raise argparse.ArgumentTypeError(f"{text!r} must be a positive whole number, like 100e9, below "
+                                     "2^63")
 
 
 def parse_spec(text: str, on_hub: bool) -> tuple[str, float | None, bool]:
@@ -348,6 +355,8 @@ def parse_spec(text: str, on_hub: bool) -> tuple[str, float | None, bool]:
     name, equals, weight = text.rpartition("=")
     if not equals or Path(text).exists():
         return text, None, on_hub
+    if not name:
+        raise ValueError(f"{text}: there is no name before the weight")
     try:
         if 0 < float(weight) < math.inf:
             return name, float(weight), on_hub
@@ -363,6 +372,9 @@ class Options:
                        "weights, one is read after the other", many=True, metavar="PATH[=WEIGHT]")
     hub: str = option(None, "datasets of the Hugging Face hub to read, or one folder of each, "
                       "weighted in the same way", many=True, metavar="NAME[:FOLDER][=WEIGHT]")
+    endings: str = option(None, "the files to read in folders, by the ends of their names; what is "
+                          f"not JSON lines or parquet is text (default: {' '.join(ENDINGS)})",
+                          many=True, metavar=".ENDING")
     out: Path = option(None, "where to write, or to continue", metavar="DIR", required=True)
     tokenizer: str = option("r50k_base", "'r50k_base' (GPT-2's; the default), 'bytes', or the path "
                             "of a Hugging Face tokenizer.json", metavar="NAME")
@@ -376,9 +388,10 @@ class Options:
     val_tokens: count = option(10_000_000, "stop doing so when there are N validation tokens; all "
                                "later documents train (default: 10e6)", high=2**64, metavar="N")
     shard_tokens: count = option(SHARD_TOKENS, "tokens in a file of the dataset, 2 bytes each "
-                                 "(default: 100e6)", high=2**64, metavar="N")
-    processes: count = option(os.cpu_count(), "how many processes tokenize at the same time; the "
-                              "result is the same for any (default: one a core)", metavar="N")
+                                 "(default: 100e6)", high=2**31, metavar="N")
+    processes: count = option(CORES, "how many processes tokenize at the same time, at most one a "
+                              "core; the result is the same for any (default: one a core)",
+                              high=2**64, metavar="N")
 
 
 @command
@@ -391,6 +404,9 @@ def main(argv=None):
         fail(str(error))
     if not specs:
         fail("name what to read, with --text or --hub")
+    for ending in opt.endings or []:
+        if len(ending) < 2 or not ending.startswith("."):
+            fail(f"--endings {ending}: an ending begins with a dot, like .c")
     if len({weight is None for _, weight, _ in specs}) > 1:
         fail("give every source a weight (NAME=0.7), or none")
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as at Ctrl-C

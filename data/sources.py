@@ -6,31 +6,34 @@ holds whole documents. One process cuts the blocks, in order, which is cheap. Th
 into documents and tokens.
 """
 
-import gzip
+import contextlib
 import hashlib
 import json
 import os
-import re
 import signal
+import sys
 import threading
 import time
-import zlib
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from itertools import islice
+from bisect import bisect_right
+from collections import Counter, deque
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import accumulate, islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data.tokenizer import encode, separator, tokenizer
-from nanoosp.files import require
+from data.tokenizer import HoldsSeparator, encode_document, split_documents, tokenizer
+from nanoosp.files import OPENERS, READ_ERRORS, decoded, opened, require
 
-KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".txt", ".md", ".py")
+ROWS_OF_TEXT = (".parquet", ".jsonl")  # kinds of files that hold a document a row
+ENDINGS = (*ROWS_OF_TEXT, ".txt", ".md", ".py")
+GROWTH = {".gz": 3.5, ".xz": 4, ".parquet": 1.8}  # bytes of text in a byte of file, roughly
 LINE = b"\n<|endoftext|>"  # begins a line between two documents of a text file
 BLOCK = 2**20  # bytes read at a time; no document of a text file is much longer than twice that
 ROWS = 256  # of a parquet file read at a time: about as much text
+SAMPLES = 8  # files of a source that are looked at to estimate its tokens
 ATTEMPTS = 5  # at each download
 
 
@@ -43,19 +46,46 @@ class File(NamedTuple):
     path: Path | None = None  # None while it is only on the hub
     repo: str = ""
     revision: str = ""
+    found: bool = False  # in a folder, not named by the user: it may be left out
 
 
-def local_files(name: str) -> list[File]:
-    """The file of this name or, by name, the files of this folder and its subfolders. Raises
-    ValueError if none of them can be read."""
+def text_size(file: File) -> int:
+    """About how many bytes of text a file holds."""
+    return int(file.size * GROWTH.get(Path(file.name).suffix, 1))
+
+
+def is_read(name: str, endings) -> bool:
+    """Is a file of this name read? All kinds but parquet may be compressed."""
+    compressed = [e + packing for e in endings if e != ".parquet" for packing in OPENERS]
+    return name.endswith((*endings, *compressed))
+
+
+def describe_left_out(names) -> str:
+    """Files by their endings: "120 files: 80 .c, 30 .h, 10 others"."""
+    counts = Counter(suffix for suffix in (Path(name).suffix for name in names) if suffix)
+    common = dict(counts.most_common(8))
+    common["others"] = len(names) - sum(common.values())
+    listed = ", ".join(f"{n:,} {ending}" for ending, n in common.items() if n)
+    return f"{len(names):,} file{'s' * (len(names) != 1)}: {listed}"
+
+
+def local_files(name: str, endings=ENDINGS) -> tuple[list[File], list[str]]:
+    """(the file of this name or, by name, the files of this folder and its subfolders; the names of
+    those that have none of the endings). Raises ValueError if there is nothing to read."""
     root = Path(name)
     is_folder = root.is_dir()
+    if not root.exists():
+        raise FileNotFoundError(f"{name}: no such file or folder")
     paths = sorted(root.rglob("*"), key=lambda path: path.parts) if is_folder else [root]
-    paths = [path for path in paths if path.name.endswith(KINDS) and path.is_file()]
-    if not paths:
-        raise ValueError(f"{name}: no {', '.join(KINDS)} file" + ("s in it" if is_folder else ""))
+    paths = [path for path in paths if path.is_file()]
     names = [path.relative_to(root).as_posix() if is_folder else path.name for path in paths]
-    return [File(name, path.stat().st_size, path) for name, path in zip(names, paths)]
+    files = [File(name, path.stat().st_size, path, found=is_folder)
+             for name, path in zip(names, paths) if is_read(name, endings)]
+    if not files:
+        there = "s in it" * is_folder + f", only {describe_left_out(names)}" * bool(names)
+        raise ValueError(f"{name}: no {', '.join(endings)} file{there} (--endings reads others as "
+                         "text; all but parquet may be compressed, as .gz or .xz)")
+    return files, [name for name in names if not is_read(name, endings)]
 
 
 def with_retries(function, target: str):
@@ -72,20 +102,23 @@ def with_retries(function, target: str):
     raise ConnectionError(f"{target} could not be fetched ({reason}); the same command tries again")
 
 
-def hub_files(name: str, revision: str | None) -> list[File]:
-    """The files of NAME or NAME:FOLDER on the hub. revision: None means the newest one."""
+def hub_files(name: str, revision: str | None) -> tuple[list[File], list[str]]:
+    """(the files of NAME or NAME:FOLDER on the hub, the names of those that are not read).
+    revision: None means the newest one. Raises ValueError if there is nothing to read."""
     hub = require("huggingface_hub", "--hub")
     repo, _, folder = name.partition(":")
     query = dict(revision=revision, files_metadata=True)
     info = with_retries(lambda: hub.HfApi().dataset_info(repo, **query), repo)
-    listed = sorted((f.rfilename, f.size) for f in info.siblings if f.rfilename.endswith(KINDS[:3]))
+    listed = sorted((f.rfilename, f.size) for f in info.siblings)
     start = f"{folder.rstrip('/')}/" if folder else ""
-    files = [File(n, size, None, repo, info.sha) for n, size in listed if n.startswith(start)]
+    files = [File(n, size, None, repo, info.sha) for n, size in listed
+             if n.startswith(start) and is_read(n, ROWS_OF_TEXT)]
     if not files:
-        folders = sorted({n.rpartition("/")[0] for n, _ in listed})
+        folders = sorted({n.rpartition("/")[0] for n, _ in listed if is_read(n, ROWS_OF_TEXT)})
         raise ValueError(f"{name}: no parquet or jsonl files there; folders of {repo} with such "
                          f"files: {folders[:20]}")
-    return files
+    others = [n for n, _ in listed if n.startswith(start) and not is_read(n, ROWS_OF_TEXT)]
+    return files, others
 
 
 def download(repo: str, name: str, revision: str, folder: Path | None = None) -> Path:
@@ -146,9 +179,9 @@ def read_blocks(path: Path, key: str):
                 yield row, batch.column(0)
                 row += len(batch)
         return
-    text = not path.name.endswith((".jsonl", ".jsonl.gz"))
+    text = not is_read(path.name, ROWS_OF_TEXT)
     rest, offset = b"", 0 if text else 1
-    with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as file:
+    with opened(path) as file:
         while data := file.read(BLOCK):
             rest += data
             if cut := end_of_documents(rest) if text else rest.rfind(b"\n") + 1:
@@ -159,20 +192,23 @@ def read_blocks(path: Path, key: str):
         yield offset, rest
 
 
+def first_block(file: File, key: str):
+    """(offset, block) as read_blocks yields them first, and how many of the file's bytes it is."""
+    offset, block = next(read_blocks(file.path, key))
+    if file.name.endswith(".parquet"):
+        rows = require("pyarrow.parquet", file.name).read_metadata(file.path).num_rows
+        return offset, block, file.size * len(block) / rows
+    with open(file.path, "rb") as packed:
+        text = OPENERS.get(file.path.suffix, lambda file: file)(packed).read(BLOCK)
+        return offset, block, packed.tell() * len(block) / len(text)
+
+
 def documents(name: str, offset: int, block, key: str) -> list[str]:
     """The documents of a block. Raises ValueError with the line or byte that cannot be read."""
     if not isinstance(block, bytes):
         return [text for text in block.to_pylist() if text and not text.isspace()]
-    if not name.endswith((".jsonl", ".jsonl.gz")):
-        try:
-            # Some editors put a mark in front of a text
-            text = block.decode("utf-8-sig" if offset == 0 else "utf-8")
-        except UnicodeDecodeError as error:
-            byte = offset + error.start
-            raise ValueError(f"not UTF-8 text (byte {byte} cannot be read)") from error
-        # This finds what prepare.py's pattern finds. It begins with fixed characters: twice as fast
-        parts = re.split(r"\n<\|endoftext\|>[^\S\n]*(?=\n|\Z)", "\n" + text)
-        return [part.strip() for part in parts if part.strip()]
+    if not is_read(name, ROWS_OF_TEXT):
+        return split_documents(decoded(block, offset))
     texts = []
     for number, line in enumerate(block.split(b"\n"), offset):
         if line.strip():
@@ -199,15 +235,18 @@ def start_worker(tokenizer_name: str, text_key: str):
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def encode_block(name: str, offset: int, block) -> list[tuple[np.ndarray, int]]:
-    """(uint16 separator and tokens, bytes of text) of each document."""
+def encode_block(name: str, offset: int, block) -> list[tuple[np.ndarray, int] | None]:
+    """(uint16 separator and tokens, bytes of text) of each document; None for one that holds what
+    separates documents."""
     result = []
     for text in documents(name, offset, block, key):
         raw = text.encode("utf-8", "replace")  # JSON can hold half of a surrogate pair
-        ids = encode(encoding, raw.decode("utf-8"))
-        tokens = np.empty(1 + len(ids), np.uint16)
-        tokens[0], tokens[1:] = separator(encoding), ids
-        result.append((tokens, len(raw)))
+        try:
+            tokens = encode_document(encoding, raw.decode("utf-8"))
+        except HoldsSeparator:
+            result.append(None)
+            continue
+        result.append((tokens.astype(np.uint16), len(raw)))
     return result
 
 
@@ -221,20 +260,39 @@ def worker_pool(processes: int, *args):
 class Source:
     """The documents of some files, one after the other, and how far they have been taken."""
 
-    def __init__(self, name: str, weight: float, files: list[File], key: str):
+    def __init__(self, name: str, weight: float, files: list[File], key: str, ends=()):
+        """ends: of several sources put together, the number of files up to the end of each."""
         self.name, self.weight, self.files, self.key = name, weight, files, key
+        self.ends, sizes = ends or [len(files)], [0, *accumulate(map(text_size, files))]
+        self.shares = [sizes[end] / max(sizes[-1], 1) for end in self.ends]
         # What the manifest keeps. The position of the next document is file, block of the file,
-        # document of the block.
+        # document of the block. Where something was left out, "left_out" says how much.
         self.state = {"name": name, "position": [0, 0, 0], "documents": 0, "tokens": 0}
 
     def fingerprint(self) -> str:
         listing = repr([(file.name, file.size, file.revision) for file in self.files])
+        listing += repr(self.ends) * (len(self.ends) > 1)
         return hashlib.sha256(listing.encode()).hexdigest()
 
     def start(self, pool, ahead: int, downloads: Path):
         """Begin at the position, with `ahead` blocks being tokenized in advance."""
         self.blocks, self.ahead, self.pending = self.read(pool, downloads), ahead, deque()
-        self.ready, self.skip = iter(()), self.state["position"][2]
+        self.ready, self.skip, self.given_up = iter(()), self.state["position"][2], None
+
+    def estimate(self, pool, rough: float) -> float:
+        """About how many tokens its files have. The first blocks of some files are tokenized for
+        that; where none can be, as on the hub, a byte of text makes `rough` tokens."""
+        tokens = n_bytes = 0
+        local = [file for file in self.files if file.path]
+        for file in local[:: -(-len(local) // SAMPLES) or 1]:
+            with contextlib.suppress(*READ_ERRORS, NotImplementedError, StopIteration):
+                offset, block, size = first_block(file, self.key)
+                found = pool.submit(encode_block, file.name, offset, block).result()
+                tokens += sum(len(document[0]) for document in found if document)
+                n_bytes += size
+        if not n_bytes:
+            return rough * sum(map(text_size, self.files))
+        return tokens / n_bytes * sum(file.size for file in self.files)
 
     def read(self, pool, downloads: Path):
         """Yield (file number, block number, future of encode_block) from the position on."""
@@ -243,45 +301,82 @@ class Source:
             path = file.path or fetch(file, downloads)
             try:
                 for b, (offset, block) in enumerate(read_blocks(path, self.key)):
+                    if f == self.given_up:
+                        break
                     if f > first_file or b >= first_block:
                         yield f, b, pool.submit(encode_block, file.name, offset, block)
-            except (OSError, EOFError, ValueError, zlib.error) as error:
-                reason = error if str(error) else "it ends too early"
-                raise ValueError(f"{path} cannot be read: {reason}") from error
+            except (*READ_ERRORS, NotImplementedError) as error:  # the last from pyarrow
+                failure = Future()  # its turn comes after those of the blocks before it
+                reason = f"which cannot be read: {error or 'it ends too early'}"
+                failure.set_exception(ValueError(reason))
+                yield f, -1, failure
             if file.path is None:
                 path.unlink()
 
     def take(self) -> tuple[np.ndarray, int] | None:
-        """(tokens, bytes of text) of the next document; None after the last one."""
-        while (document := next(self.ready, None)) is None:
+        """(tokens, bytes of text) of the next document; None after the last one. Raises ValueError
+        for a file that cannot be read, unless it was only found in a folder: that is left out from
+        there on."""
+        while True:
+            for document in self.ready:
+                self.state["position"][2] += 1
+                if document is None:
+                    in_file = self.path(self.state["position"][0])
+                    self.leave_out("documents left out for the character NUL", f"in {in_file}")
+                    continue
+                self.state["documents"] += 1
+                self.state["tokens"] += len(document[0])
+                return document
             self.pending.extend(islice(self.blocks, self.ahead - len(self.pending)))
             if not self.pending:
                 return None
             f, b, block = self.pending.popleft()
+            if f == self.given_up:
+                continue
             try:
                 block = block.result()
             except ValueError as error:
-                path = self.files[f].path or self.files[f].name
-                raise ValueError(f"{path}, {error}") from error
+                reason = f"{self.path(f)}, {error}"
+                if not self.files[f].found:
+                    raise ValueError(reason) from error
+                self.leave_out("files left out from where they cannot be read", reason)
+                self.given_up, self.state["position"], self.skip = f, [f + 1, 0, 0], 0
+                continue
             self.ready, self.state["position"] = iter(block[self.skip :]), [f, b, self.skip]
             self.skip = 0
-        self.state["position"][2] += 1
-        self.state["documents"] += 1
-        self.state["tokens"] += len(document[0])
-        return document
+
+    def path(self, f: int) -> str:
+        return str(self.files[f].path or self.files[f].name)
+
+    def share(self) -> float:
+        """How much of the source is read at the end of that part of it where the position is."""
+        return self.shares[bisect_right(self.ends, self.state["position"][0])]
+
+    def leave_out(self, what: str, first: str):
+        """Count one more of `what`. Of the first one the manifest keeps what is told here."""
+        n, first = self.state.setdefault("left_out", {}).get(what, [0, first])
+        self.state["left_out"][what] = [n + 1, first]
+
+    def left_out(self) -> list[str]:
+        """A line for each kind of thing that was left out."""
+        return [f"{self.name}: {what}: {n:,}, the first {first}"
+                for what, (n, first) in self.state.get("left_out", {}).items()]
 
 
-def open_sources(specs, key: str, revisions: dict) -> list[Source]:
-    """The sources of (name, weight or None, whether it is on the hub). `revisions` pins datasets of
-    the hub; those that it lacks are added."""
+def open_sources(specs, key: str, revisions: dict, endings=ENDINGS) -> list[Source]:
+    """The sources of (name, weight or None, whether it is on the hub); without weights, one that is
+    put together from all. `revisions` pins datasets of the hub; those that it lacks are added."""
     sources = []
     for name, weight, on_hub in specs:
-        files = hub_files(name, revisions.get(name)) if on_hub else local_files(name)
+        files, others = (hub_files(name, revisions.get(name)) if on_hub
+                         else local_files(name, endings))
+        if others:
+            print(f"{name}: left out {describe_left_out(others)}", file=sys.stderr)
         if on_hub:
             revisions[name] = files[0].revision
-        if weight is None and sources:  # without weights, all are one source
-            all_names = f"{sources[0].name} {name}"
-            sources[0] = Source(all_names, 1.0, sources[0].files + files, key)
-        else:
-            sources.append(Source(name, weight or 1.0, files, key))
+        sources.append(Source(name, weight or 1.0, files, key))
+    if len(sources) > 1 and specs[0][1] is None:
+        name, files = " ".join(s.name for s in sources), [f for s in sources for f in s.files]
+        ends = [*accumulate(len(s.files) for s in sources)]
+        sources = [Source(name, 1.0, files, key, ends)]
     return sources

@@ -3,6 +3,7 @@ on made-up rows."""
 
 import gzip
 import json
+import lzma
 import random
 import sys
 from pathlib import Path
@@ -591,7 +592,8 @@ def test_all_ten_are_converted_from_files_and_scored(tmp_path, model, exact, cap
         if i % 2:
             parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
         else:
-            (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+            ending, compress = [("gz", gzip.compress), ("xz", lzma.compress)][i // 2 % 2]
+            (tmp_path / f"{name}.jsonl.{ending}").write_bytes(compress("\n".join(map(json.dumps, rows)).encode()))
         (file,) = tmp_path.glob(f"{name}.*")
         train_split = ["--train", str(file)] if name in ("gsm8k", "trivia_qa") else []
         data.main([name, str(file), *train_split, "--out", str(tmp_path / "out"), *["--osp-exact"] * exact])
@@ -627,6 +629,13 @@ def test_rows_that_do_not_fit_are_named_and_nothing_half_written(tmp_path, capsy
     assert "missing.jsonl" in fails(capsys, "piqa", tmp_path / "missing.jsonl", *out)
     (tmp_path / "rows.parquet").write_bytes(b"no parquet")
     assert "rows.parquet, row 1" in fails(capsys, "piqa", tmp_path / "rows.parquet", *out)
+    lines = json.dumps(good).encode() * 50
+    for name, packed in (("gz", gzip.compress(lines)), ("xz", lzma.compress(lines))):
+        for damaged in (packed[:-9], b"no such format", packed[:12] + b"x" * 40 + packed[12:]):
+            (tmp_path / f"rows.jsonl.{name}").write_bytes(damaged)
+            assert f"rows.jsonl.{name}, row 1" in fails(capsys, "piqa", tmp_path / f"rows.jsonl.{name}", *out)
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    assert "deep.jsonl, row 1" in fails(capsys, "piqa", tmp_path / "deep.jsonl", *out)
     assert "--train" in fails(capsys, "gsm8k", write(tmp_path / "rows.jsonl", ROWS["gsm8k"]), *out)
     assert "--hub" in fails(capsys, "all", tmp_path / "rows.jsonl", *out) and "--hub" in fails(capsys, "piqa", *out)
     assert "row 1" in fails(capsys, "piqa", write(tmp_path / "rows.jsonl", good | dict(goal="\ud800")), *out)

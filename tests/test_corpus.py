@@ -2,7 +2,9 @@
 any; its errors."""
 
 import gzip
+import hashlib
 import json
+import lzma
 import os
 import random
 import re
@@ -491,6 +493,218 @@ def test_a_full_disk_is_named(mixture, tmp_path, monkeypatch, fails):
     assert not (tmp_path / "out").exists()
 
 
+# What is left out, and said so
+
+
+def test_files_of_other_kinds_are_counted_and_can_be_asked_for(tmp_path, capfd, fails):
+    texts = {name: made_up(30, word) for name, word in (("a.txt", "t"), ("b.c", "c"), ("b.h", "h"))}
+    for name, documents in texts.items():
+        write_text(tmp_path / "in" / name, documents)
+    for i in range(12):
+        (tmp_path / f"in/e{i}.e{i}").write_text("x")
+    for name in ("c1.c", "c2.c", "Makefile", "d.jsonl.zst"):
+        (tmp_path / "in" / name).write_text("x")
+    run("--text", tmp_path / "in", "--out", tmp_path / "out", "--val-every", 4)
+    lines = capfd.readouterr().err.splitlines()
+    assert f"{tmp_path}/in: left out 18 files: 3 .c, 1 .h, " in lines[0], lines
+    assert lines[0].endswith(", 8 others")  # six kinds more than are named, and Makefile
+    documents = read(tmp_path / "out", "train") + read(tmp_path / "out", "val")
+    assert sorted(documents) == sorted(texts["a.txt"])
+    options = ["--val-every", 4, "--endings", ".c", ".h"]
+    run("--text", tmp_path / "in", "--out", tmp_path / "c", *options)
+    documents = read(tmp_path / "c", "train") + read(tmp_path / "c", "val")
+    assert sorted(documents) == sorted([*texts["b.c"], *texts["b.h"], "x", "x"])
+    for wrong in ("c", "."):
+        fails(["--text", tmp_path / "in", "--out", tmp_path / "o", "--endings", wrong],
+              "begins with a dot", code=2)
+    fails(["--text", tmp_path / "in", "--out", tmp_path / "o", "--endings", ".f90"],
+          "no .f90 files", "only 19 files: ")
+    fails(["--text", tmp_path / "in/d.jsonl.zst", "--out", tmp_path / "o"], "d.jsonl.zst",
+          "as .gz or .xz")
+
+
+def test_compressed_files_give_the_same_documents(tmp_path):
+    texts = [text.strip() for text in made_up(30)]
+    plain = "\n<|endoftext|>\n".join(texts).encode()
+    lines = "".join(json.dumps({"text": t}) + "\n" for t in texts).encode()
+    for kind, content in (("txt", plain), ("md", plain), ("py", plain), ("jsonl", lines)):
+        (tmp_path / f"a.{kind}.gz").write_bytes(gzip.compress(content))
+        (tmp_path / f"a.{kind}.xz").write_bytes(lzma.compress(content))
+        for packing in ("gz", "xz"):
+            out = tmp_path / f"{kind}-{packing}"
+            run("--text", tmp_path / f"a.{kind}.{packing}", "--out", out, "--val-every", 10)
+            assert read(out, "val") == texts[::10]
+            assert read(out, "train") == [t for i, t in enumerate(texts) if i % 10]
+
+
+@pytest.fixture
+def mixed_folder(tmp_path, monkeypatch):
+    """A folder with files that cannot be read, or only in part, and the documents that can."""
+    monkeypatch.setattr(sources, "BLOCK", 400)
+    texts = [text.strip() for text in made_up(60)]
+    folder = tmp_path / "in"
+    write_text(folder / "a.txt", texts[:20])
+    (folder / "b.py").write_bytes(b"caf\xe9\n" * 300)
+    border = b"\n<|endoftext|>\n"
+    part = border.join(text.encode() for text in texts[20:30])
+    rest = border.join(b"lost" * 20 for _ in range(60))
+    (folder / "c.txt").write_bytes(part + border + b"\xff" + b"x" * 900 + border + rest)
+    (folder / "d.txt.gz").write_bytes(b"no gzip")
+    (folder / "e.parquet").write_bytes(b"PAR1 but not really")
+    (folder / "f.jsonl").write_text("broken")
+    write_text(folder / "g.txt", texts[30:])
+    return folder, texts
+
+
+def test_a_file_of_a_folder_that_cannot_be_read_does_not_end_the_work(mixed_folder, tmp_path,
+                                                                      capfd, fails):
+    folder, texts = mixed_folder
+    for processes in (1, 3):
+        out = tmp_path / f"out{processes}"
+        run("--text", folder, "--out", out, "--val-every", 7, "--processes", processes)
+        found = read(out, "train") + read(out, "val")
+        assert sorted(found) == sorted(texts)
+        lines = [line for line in capfd.readouterr().err.splitlines() if "left out" in line]
+        assert len(lines) == 1
+        assert f"{folder}: files left out from where they cannot be read: 5, " in lines[0]
+        assert f"the first {folder}/b.py, not UTF-8 text (byte 3 cannot be read)" in lines[0]
+    assert contents(tmp_path / "out1") == contents(tmp_path / "out3")
+    fails(["--text", folder / "b.py", "--out", tmp_path / "o"], "b.py", "not UTF-8")  # by its name
+    only_bad = tmp_path / "bad"
+    only_bad.mkdir()
+    (only_bad / "b.py").write_bytes(b"caf\xe9")
+    fails(["--text", only_bad, "--out", tmp_path / "o"], "no documents", "b.py", "byte 3")
+
+
+def test_leaving_out_is_continued_to_identical_bytes(mixed_folder, tmp_path, monkeypatch, capfd):
+    folder, _ = mixed_folder
+    monkeypatch.setattr(corpus, "COMMIT_SECONDS", 0)
+    write_text(folder / "h.txt", ["a\0b", "c", "d\0"])
+    argv = ["--text", folder, "--val-every", 7, "--out"]
+    run(*argv, tmp_path / "whole")
+    take, shown = sources.Source.take, capfd.readouterr().err
+    assert "documents left out for the character NUL: 2, the first in " in shown
+    for n in range(1, 64, 3):
+        calls = 0
+
+        def crash(source):
+            nonlocal calls
+            calls += 1
+            if calls == n:
+                raise Crash
+            return take(source)
+
+        monkeypatch.setattr(sources.Source, "take", crash)
+        with pytest.raises(Crash):
+            run(*argv, tmp_path / f"out{n}")
+        monkeypatch.setattr(sources.Source, "take", take)
+        capfd.readouterr()
+        run(*argv, tmp_path / f"out{n}")
+        assert contents(tmp_path / f"out{n}") == contents(tmp_path / "whole")
+        assert capfd.readouterr().err.replace(f"out{n}", "whole") == shown
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_a_document_with_a_nul_is_left_out_where_nul_separates(tmp_path, kind, capfd, bpe,
+                                                               monkeypatch):
+    texts = [text.strip() for text in made_up(30)]
+    all_texts = [*texts[:13], "a\0b", *texts[13:]]
+    path = tmp_path / f"a.{kind}"
+    if kind == "txt":
+        write_text(path, all_texts)
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps({"text": t}) + "\n" for t in all_texts))
+    else:
+        write_parquet(path, all_texts)
+    options = ["--text", path, "--val-every", 10]
+    run(*options, "--out", tmp_path / "gpt2", tok="r50k_base")  # has <|endoftext|>: keeps it
+    assert "left out" not in capfd.readouterr().err
+    kept = np.concatenate([open_shard(p) for p in (tmp_path / "gpt2").glob("*.bin")])
+    assert (kept == 0).sum() == 1
+    for module, name in ((corpus, "tokenizer_for_shards"), (sources, "tokenizer")):
+        monkeypatch.setattr(module, name, tokenizer)
+    run(*options, "--out", tmp_path / "out")
+    assert read(tmp_path / "out", "val") == texts[::10]
+    assert read(tmp_path / "out", "train") == [t for i, t in enumerate(texts) if i % 10]
+    shown = capfd.readouterr().err
+    assert "documents left out for the character NUL: 1, the first in " in shown
+
+
+# Validation text, and what stays as it was
+
+
+def test_without_weights_validation_text_comes_from_all_sources(tmp_path):
+    a, b = made_up(400, "first", 20), made_up(200, "second", 20)
+    paths = [write_text(tmp_path / "a.txt", a), write_text(tmp_path / "b.txt", b)]
+    options = ["--val-every", 2, "--val-tokens", 3000]
+    run("--text", *paths, "--out", tmp_path / "out", *options)
+    val, train = read(tmp_path / "out", "val"), read(tmp_path / "out", "train")
+    assert [t for t in a + b if t not in val] == train  # still one after the other
+    tokens = [n_tokens([t for t in val if t in part]) for part in (a, b)]
+    sizes = [path.stat().st_size for path in paths]
+    for n, size in zip(tokens, sizes):
+        assert abs(n - 3000 * size / sum(sizes)) < 150  # a document more or less
+    assert len(set(val)) == len(val) > 20
+
+
+def made_to_be_published(folder):
+    for name, n in (("web", 60), ("code", 40)):
+        for part in range(3):
+            write_text(folder / f"{name}/{part}.txt", [
+                f"{name} {part} {i} é\n" + f"word{i} " * (7 * i % 31) for i in range(n)])
+    lines = (json.dumps({"text": f"line {i}\n" + "x" * (i % 17)}) + "\n" for i in range(200))
+    (folder / "web/3.jsonl").write_text("".join(lines))
+
+
+@pytest.mark.parametrize("specs, sha256", [
+    (["web/=0.7", "code/=0.3"], "d460c08a7a91bf0b1856d38a9b3adf1ae402f69749bc9b542019e5b96775ea0c"),
+    (["web"], "ea282a1977b383bb0e5ddc89794fe833938e788d8886046a7dfe49725ad30adb")])
+def test_mixtures_and_single_sources_have_the_bytes_of_older_versions(tmp_path, monkeypatch, specs,
+                                                                      sha256):
+    """The hashes are those of commit 411e307's files."""
+    monkeypatch.chdir(tmp_path)
+    made_to_be_published(tmp_path)
+    run("--text", *specs, "--out", "out", "--val-every", 7, "--val-tokens", 900,
+        "--shard-tokens", 3000)
+    found = hashlib.sha256()
+    for name, content in sorted(contents(tmp_path / "out").items()):
+        found.update(name.encode() + content)
+    assert found.hexdigest() == sha256
+
+
+def test_what_an_older_version_began_otherwise_is_refused(tmp_path, fails):
+    """Several sources without weights were one, whose validation text came from its beginning."""
+    paths = [write_text(tmp_path / f"{name}.txt", made_up(40, name)) for name in "ab"]
+    options = ["--out", tmp_path / "out", "--val-every", 5]
+    run("--text", *paths, *options)
+    (tmp_path / "out/meta.json").unlink()
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    listing = repr([(path.name, path.stat().st_size, "") for path in paths])
+    [[weight, now]] = manifest["begun_with"]["sources"]
+    before = hashlib.sha256(listing.encode()).hexdigest()  # as it was computed
+    assert weight == 1 and now != before
+    manifest["begun_with"]["sources"] = [[1.0, before]]
+    (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
+    fails(["--text", *paths, *options], "other files or weights", "an older version")
+
+
+def test_the_estimate_is_near_the_truth_for_any_kind_of_text(tmp_path, bpe, monkeypatch):
+    """Digits and signs make more tokens a byte than the words of most texts."""
+    needs = []
+    monkeypatch.setattr(corpus, "check_disk", lambda out, s, tokens, shard: needs.append(tokens))
+    for name, letters in (("words", "wor  "), ("signs", "(1)[2]{3};")):
+        texts = ["".join(rng.choices(letters, k=450)).strip() for i in range(6000)]
+        folder = tmp_path / name
+        write_text(folder / "a.txt", texts)
+        (folder / "b.txt.xz").write_bytes(lzma.compress((folder / "a.txt").read_bytes()))
+        write_parquet(folder / "c.parquet", texts, rows=1000)
+        for path in folder.iterdir():
+            out = tmp_path / f"{name}-{path.suffix}"
+            run("--text", path, "--out", out, tok="r50k_base")
+            tokens = json.loads((out / "meta.json").read_text())["tokens"]
+            assert sum(tokens.values()) == pytest.approx(needs[-1], rel=0.1), path
+
+
 # What can be wrong
 
 
@@ -518,7 +732,8 @@ def test_files_that_cannot_be_read_are_named(tmp_path, fails, monkeypatch):
     refuses("latin.txt", b"caf\xe9", "UTF-8", "byte 3")
     refuses("a.parquet", b"PAR1 but not really", "cannot be read")
     refuses("a.pdf", b"x", ".parquet", ".txt")
-    refuses("missing.txt", None, "missing.txt")
+    refuses("missing.txt", None, "missing.txt", "no such file")
+    refuses("c.txt.xz", lzma.compress(b"text " * 99)[:-9], "cannot be read")
     write_parquet(tmp_path / "b.parquet", ["x"], column="content")
     refuses("b.parquet", None, "no column 'text'", "content", "--key")
     refuses("b.parquet", None, "int64", options=["--key", "id"])
@@ -553,7 +768,31 @@ def test_bad_options(tmp_path, fails):
     for wrong in ("0", "x", "-3"):
         fails(["--text", "a", "--max-tokens", wrong, *out], "--max-tokens",
               "whole number, like 100e9", code=2)
-    fails(["--text", "a", "--max-tokens", "inf", *out], "--max-tokens", code=2)
+    for name, largest in (("max-tokens", 2**63), ("val-every", 2**63), ("val-tokens", 2**63),
+                          ("shard-tokens", 2**31), ("processes", 2**63)):
+        for wrong in ("0", str(largest), "1e20", "inf", "nan", "2.5", "", "1_0x"):
+            fails(["--text", "a", f"--{name}={wrong}", *out], f"--{name}", code=2)
+    fails(["--text", "=0.5", *out], "no name before the weight", code=2)
+
+
+def test_the_smallest_and_largest_numbers_work(tmp_path, fails, monkeypatch):
+    path, ahead = write_text(tmp_path / "a.txt", [f"{'word ' * 9}{i}" for i in range(80)]), []
+    start = sources.Source.start
+    monkeypatch.setattr(sources.Source, "start",
+                        lambda s, pool, n, folder: ahead.append(n) or start(s, pool, n, folder))
+    huge = str(2**63 - 1)
+    options = {"val-every": ("2", "5"), "val-tokens": ("200", huge), "max-tokens": ("6e2", huge),
+               "shard-tokens": ("1", str(2**31 - 1)), "processes": ("1", huge)}
+    for name, values in options.items():
+        for value in values:
+            out = tmp_path / f"{name}-{value}"
+            run("--text", path, "--out", out, "--val-every", 5, f"--{name}", value)
+            assert (out / "meta.json").exists()
+    assert max(ahead) <= 2 * os.cpu_count() + 2  # blocks in memory
+    for name, value in (("val-every", "1"), ("val-every", huge), ("val-tokens", "1"),
+                        ("max-tokens", "1")):
+        fails(["--text", path, "--out", tmp_path / "o", f"--{name}", value], "too little text")
+        assert not (tmp_path / "o").exists()
 
 
 # The hub, replaced at the two functions that we call
