@@ -250,7 +250,8 @@ def build(out: Path, specs: list[tuple], opt) -> dict:
         begun_with = {name: getattr(opt, name) for name in FIXED}
         begun_with["tokenizer"] = encoding.name
         if encoding.name == TOKENIZER_JSON:  # its content counts, not its place
-            begun_with["tokenizer"] = hashlib.sha256(encoding.text.encode()).hexdigest()
+            content = encoding.text + "".join(f" {i}" for i in encoding.beginning)
+            begun_with["tokenizer"] = hashlib.sha256(content.encode()).hexdigest()
         begun_with["sources"] = [[source.weight, source.fingerprint()] for source in sources]
         if old:
             check_begun_with(out, old, begun_with)

@@ -3,7 +3,8 @@
 A dataset is a directory:
     train_000000.bin ...  shards as llm.c has them: 256 int32 (magic, version, n, zeros), n uint16
     val_000000.bin ...    text that is in no training shard
-    meta.json             tokenizer, vocab_size, tokens and bytes of each split, source's sha256
+    meta.json             tokenizer, vocab_size, tokens and bytes of each split, source's sha256,
+                          "beginning": the ids that documents begin with, if the tokenizer has any
     tokenizer.json        a copy of Hugging Face's file, if that is the tokenizer
 Shards from elsewhere work too: those of llm.c, under any name with "train" or "val" in it, and
 nanoGPT's train.bin and val.bin, which have no header. Without meta.json they are GPT-2 tokens,
@@ -205,6 +206,7 @@ def write_meta(directory: Path, encoding, tokens: dict, n_bytes: dict, source: s
     meta = dict(tokenizer=encoding.name, vocab_size=encoding.n_vocab, bytes_per_token=ratio,
                 tokens=tokens, bytes=n_bytes, source=source)
     if encoding.name == TOKENIZER_JSON:
+        meta |= dict(beginning=encoding.beginning) if encoding.beginning else {}
         write_text(directory / TOKENIZER_JSON, encoding.text)
     write_text(directory / "meta.json", as_json(meta))
     return meta

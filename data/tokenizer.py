@@ -9,10 +9,15 @@
 
 An encoding is a tiktoken.Encoding or, for a Hugging Face model's tokenizer.json, a JsonTokenizer.
 Both also have .name and .n_vocab, which is the largest id + 1.
+
+A tokenizer.json may ask for a token in front of every text (BOS), as Llama's does. So it is done
+wherever a text begins: for prompts, questions, texts to measure, and documents in a dataset, there
+behind the separator unless that is the same token. Its library gives the same ids.
 """
 
 import contextlib
 import re
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -55,8 +60,10 @@ def tokenizer(name: str):
 
 
 def tokenizer_for_shards(name: str):
-    """tokenizer(name). Raises ValueError also if its ids do not fit the 16 bits of a shard."""
+    """tokenizer(name). Raises ValueError also if its ids do not fit the 16 bits of a shard, or if
+    it frames a text as no dataset does."""
     encoding = tokenizer(name)
+    beginning(encoding)
     if encoding.n_vocab > 2**16:
         raise ValueError(f"tokenizer {name!r} has {encoding.n_vocab:,} ids; shards hold 16-bit "
                          "tokens")
@@ -65,9 +72,12 @@ def tokenizer_for_shards(name: str):
 
 def tokenizer_of(meta: dict):
     """The encoding of a dataset, or of a model trained on it, from what read_meta returns."""
-    if meta["tokenizer"] == TOKENIZER_JSON:
-        return JsonTokenizer(meta["tokenizer_json"])
-    return tokenizer(meta["tokenizer"])
+    if meta["tokenizer"] != TOKENIZER_JSON:
+        return tokenizer(meta["tokenizer"])
+    encoding = JsonTokenizer(meta["tokenizer_json"])
+    if "source" in meta and not meta.get("beginning"):
+        encoding.beginning = []  # a dataset of before this was put into them
+    return encoding
 
 
 def read_tokenizer_json(path) -> str:
@@ -98,19 +108,26 @@ class HoldsSeparator(ValueError):
     """A text has the character NUL, and the byte 0 separates documents."""
 
 
+def beginning(encoding) -> list[int]:
+    """The ids that every text begins with: BOS, for a tokenizer.json that says so, or none. Raises
+    ValueError if it wants something behind a text too, where a model is to go on writing."""
+    return encoding.beginning if isinstance(encoding, JsonTokenizer) else []
+
+
 def encode_whole(encoding, text: str) -> np.ndarray:
-    """Token ids of a text that is not the middle of another one. Raises what encode() does, and
-    HoldsSeparator: a NUL would end the text for a model."""
+    """Token ids of a text that is not the middle of another one, BOS first. Raises what encode()
+    and beginning() do, and HoldsSeparator: a NUL would end the text for a model."""
     ids = encode(encoding, text)
     if "\0" in text and separator(encoding) in ids:
         raise HoldsSeparator("the text holds the character NUL, which separates documents in "
                              f"tokens of {encoding.name!r}: remove it, or use another tokenizer")
-    return ids
+    return np.concatenate([np.array(beginning(encoding), np.int64), ids])
 
 
 def encode_document(encoding, document: str) -> np.ndarray:
     """What stands in a dataset for a document: the separator and the ids of encode_whole."""
-    return np.concatenate([[separator(encoding)], encode_whole(encoding, document)])
+    ids, end = encode_whole(encoding, document), separator(encoding)
+    return ids if beginning(encoding)[:1] == [end] else np.concatenate([[end], ids])
 
 
 BORDER = re.compile(r"\n<\|endoftext\|>[^\S\n]*(?=\n|\Z)")  # found from its fixed characters: fast
@@ -165,6 +182,19 @@ class JsonTokenizer:
 
     def __reduce__(self):
         return JsonTokenizer, (self.text,)
+
+    @cached_property
+    def beginning(self) -> list[int]:
+        """See beginning() above. Found with an empty text, filled up by one id of no token."""
+        with rust_errors("the tokenizer cannot frame a text"):
+            empty = self.inner.encode("", add_special_tokens=False)
+            empty.truncate(0)
+            empty.pad(1, pad_id=self.n_vocab)
+            framed = self.inner.post_process(empty, add_special_tokens=True).ids
+        if framed[-1] != self.n_vocab:
+            raise ValueError("the tokenizer.json puts tokens behind every text too (its "
+                             "post_processor): such a text has ended, and nothing can follow")
+        return framed[:-1]
 
     def encode(self, text: str) -> list[int]:
         ids = self._ids(text)

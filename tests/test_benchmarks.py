@@ -16,11 +16,12 @@ from conftest import train_osp
 
 import eval as evaluation
 from data import benchmarks as data
-from data.tokenizer import tokenizer
+from data.tokenizer import JsonTokenizer, tokenizer
 from model import Config, Transformer
 from quantize import Recipe, quantize
 from tools.loading import load
 from tools.report import describe_tasks, tasks_table
+from tools.tokenizer_json import json_from_encoding
 from tools.tasks import (
     Task,
     encode_pair,
@@ -133,6 +134,31 @@ def test_a_batch_scores_as_each_choice_alone(model, merging, seq_len, batch_size
         want = [alone(model, encoding, *pair, seq_len) for pair in pairs]
         got = likelihoods(model, encoding, pairs, seq_len=seq_len, batch_size=batch_size)
         assert got == pytest.approx(want, abs=1e-4)
+
+
+def test_every_context_begins_as_the_tokenizer_says():
+    """Llama's puts BOS in front of a text. The library's own ids are what is scored."""
+    tokenizers = pytest.importorskip("tokenizers")
+    library = tokenizers.Tokenizer.from_str(json_from_encoding(BYTES))
+    library.add_special_tokens(["<s>", "</s>"])
+    bos = library.token_to_id("<s>")
+    library.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)])
+    ours = JsonTokenizer(library.to_str())
+    for context, choice in (("a b", " c d"), ("a  ", "b"), ("", "ab")):
+        ids, n = encode_pair(ours, context, choice)
+        assert ids == library.encode(context + choice).ids and ids[0] == bos
+        assert n == len(ids) - len(library.encode(context.rstrip()).ids)
+    seen = []
+
+    def write(model, encoding, prompts, *others):
+        seen.extend(prompts)
+        return ["x" for _ in prompts]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tools.tasks.write_answers", write)
+        score_tasks(None, ours, [task([gen("ab c", "d"), gen("", "d")])], seq_len=48, batch_size=2)
+    assert seen == [library.encode("ab c").ids, [bos]]
 
 
 def test_hooks_do_not_stay_behind(model):

@@ -16,8 +16,8 @@ import quantize
 import train
 from data.dataset import Dataset, open_shard, read_meta
 from data.prepare import prepare
-from data.tokenizer import (JsonTokenizer, encode, separator, tokenizer, tokenizer_for_shards,
-                            tokenizer_of)
+from data.tokenizer import (JsonTokenizer, beginning, encode, encode_document, encode_whole,
+                            separator, tokenizer, tokenizer_for_shards, tokenizer_of)
 from tools.loading import load
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -223,6 +223,92 @@ def test_the_older_spelling_of_merges_is_read_too(theirs):
     assert differences(ours, theirs["gpt2"], ["hello abc, def's 12"]) == []
 
 
+# What marks the beginning: the post-processor's, as the library gives it
+
+processors = tokenizers.processors
+
+
+def framed(library, single):
+    """A copy of a small tokenizer of the library whose texts are framed so."""
+    copy = tokenizers.Tokenizer.from_str(library.to_str())
+    special = copy.get_added_tokens_decoder().items()
+    copy.post_processor = processors.Sequence([
+        processors.ByteLevel(), processors.TemplateProcessing(
+            single=single, special_tokens=[(token.content, i) for i, token in special])])
+    return copy
+
+
+TEMPLATES = {"llama3": "<|begin_of_text|> $A", "llama2": "<s> $A", "metaspace": "<s> <unk> $A",
+             "gpt2": "<|endoftext|> $A", "t5": "$A", "smollm": "$A"}
+
+
+@pytest.mark.parametrize("name, template", TEMPLATES.items())
+def test_a_text_begins_as_its_library_begins_it(theirs, name, template):
+    library = framed(theirs[name], template)
+    ours = JsonTokenizer(library.to_str())
+    library.encode_special_tokens = True
+    n = len(template.split()) - 1
+    assert len(beginning(ours)) == n
+    for text in ("", "ab", " ab  cd\n", made_up_text(random.Random(3), 50)):
+        wanted = library.encode(text, add_special_tokens=True).ids
+        assert encode_whole(ours, text).tolist() == wanted
+        assert encode(ours, text).tolist() == wanted[n:]
+        end = separator(ours)
+        in_front = [] if wanted[: n and 1] == [end] else [end]  # nothing is doubled
+        assert encode_document(ours, text).tolist() == in_front + wanted
+    assert beginning(tokenizer("bytes")) == []
+
+
+def test_a_prompt_begins_with_bos_which_is_not_shown(theirs, tmp_path, monkeypatch, capsys):
+    library = framed(theirs["llama2"], "<s> $A")
+    (tmp_path / "tokenizer.json").write_text(library.to_str(), encoding="utf-8")
+    (tmp_path / "t.txt").write_text(made_up_text(random.Random(5), 900), encoding="utf-8")
+    prepare(tmp_path / "data", str(tmp_path), tmp_path / "t.txt")
+    shape = "--preset tiny --n-layer 1 --n-head 2 --n-embd 32 --seq-len 16 --batch-size 8"
+    train.main([*f"{shape} --device cpu --steps 2 --data".split(), str(tmp_path / "data"),
+                "--out", str(tmp_path / "run")])
+    prompts = []
+
+    def generate(model, tokens, *others, **more):
+        prompts.append(tokens)
+        return iter(library.encode(" cd", add_special_tokens=False).ids)
+
+    monkeypatch.setattr("tools.evaluate.generate", generate)
+    capsys.readouterr()
+    evaluation.main([str(tmp_path / "run"), "--device", "cpu", "--prompt", "ab"])
+    assert prompts == [library.encode("ab").ids] and prompts[0][0] == library.token_to_id("<s>")
+    assert capsys.readouterr().out.startswith("ab") and prompts[0][0] == 1
+
+
+def test_a_tokenizer_that_ends_texts_is_refused_where_a_text_is_to_go_on(theirs, tmp_path):
+    for single in ("$A </s>", "<s> $A </s>"):
+        library = framed(theirs["llama2"], single)
+        (tmp_path / "tokenizer.json").write_text(library.to_str(), encoding="utf-8")
+        ours = tokenizer(str(tmp_path))  # which reads and separates as before
+        assert ours.decode(encode(ours, "ab")) == "ab" and separator(ours) == 2
+        for use in (tokenizer_for_shards, lambda name: encode_whole(tokenizer(name), "ab")):
+            with pytest.raises(ValueError, match="post_processor") as error:
+                use(str(tmp_path))
+            assert "\n" not in str(error.value)
+
+
+def test_a_dataset_keeps_how_its_documents_begin(theirs, tmp_path):
+    library = framed(theirs["llama2"], "<s> $A")
+    (tmp_path / "tokenizer.json").write_text(library.to_str(), encoding="utf-8")
+    texts = [made_up_text(random.Random(i), 30).strip() for i in range(40)]
+    (tmp_path / "t.txt").write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
+    prepare(tmp_path / "data", str(tmp_path), tmp_path / "t.txt")
+    meta = read_meta(tmp_path / "data")
+    wanted = [i for text in texts[19::20] for i in (2, *library.encode(text).ids)]
+    assert open_shard(tmp_path / "data/val_000000.bin").tolist() == wanted and wanted[1] == 1
+    assert meta["beginning"] == [1] == beginning(tokenizer_of(meta))
+    imported = {key: meta[key] for key in ("tokenizer", "tokenizer_json")}
+    assert beginning(tokenizer_of(imported)) == [1]
+    del meta["beginning"]  # one that an older version made: without <s>, which its model never saw
+    assert beginning(tokenizer_of(meta)) == []
+    assert encode_document(tokenizer_of(meta), "ab").tolist() == [2, *library.encode("ab").ids[1:]]
+
+
 # What marks the end
 
 
@@ -359,7 +445,11 @@ def test_prepared_documents_come_back(theirs, name, tmp_path):
     assert data.meta["vocab_size"] == ours.n_vocab and data.meta["tokenizer"] == "tokenizer.json"
     ids = open_shard(tmp_path / "data/val_000000.bin").tolist()
     starts = [i for i, token in enumerate(ids) if token == separator(ours)] + [len(ids)]
-    read = [ours.decode(ids[a + 1 : b]) for a, b in zip(starts, starts[1:])]
+    bos = data.meta.get("beginning", [])
+    assert bos == ([theirs[name].token_to_id("<|begin_of_text|>")] if name == "llama3" else [])
+    parts = [ids[a + 1 : b] for a, b in zip(starts, starts[1:])]
+    assert all(part[: len(bos)] == bos for part in parts)
+    read = [ours.decode(part[len(bos) :]) for part in parts]
     if name == "t5":  # a Metaspace that splits: other kinds of blanks are tokens too
         assert read == [ours.decode(encode(ours, text)) for text in documents[19::20]]
     else:

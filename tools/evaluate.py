@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 import eval as evaluation
-from data.tokenizer import encode
+from data.tokenizer import beginning, encode_whole
 from eval import (
     attention_sinks,
     evaluate,
@@ -150,8 +150,9 @@ def write(loaded: Loaded, opt) -> dict:
     """A row with the text that continues opt.prompt. Unless --json, it is printed as it comes."""
     if opt.dtype == "bfloat16":
         loaded.model.bfloat16()  # most of the time goes into reading weights
-    encoding, prompt = loaded.encoding, encode(loaded.encoding, opt.prompt).tolist()
-    ids, n_printed, began = list(prompt), 0, time.perf_counter()
+    encoding, prompt = loaded.encoding, encode_whole(loaded.encoding, opt.prompt).tolist()
+    ids = prompt[len(beginning(encoding)) :]  # BOS is not shown
+    n_printed, began = 0, time.perf_counter()
     for token in generate(loaded.model, prompt, opt.tokens, loaded.seq_len, opt.temperature,
                           opt.top_k, opt.seed, n_vocab=encoding.n_vocab):
         ids.append(token)

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.tokenizer import encode, separator
+from data.tokenizer import encode_whole, separator
 from model import hooked
 
 # --------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def judge_writing(model, encoding, task: Task, seq_len: int, batch_size: int) ->
     A prompt that leaves no room for max_new tokens is cut at the left, to half a window at least.
     """
     room = max(seq_len - task.max_new, seq_len // 2)
-    ids = [encode(encoding, text)[-room:].tolist() or [separator(encoding)]
+    ids = [encode_whole(encoding, text)[-room:].tolist() or [separator(encoding)]
            for text in prompts(task, encoding, room)]
     texts = write_answers(model, encoding, ids, task, seq_len, batch_size)
     return dict(acc=[is_right(text, question["answers"], task.match)
@@ -159,8 +159,8 @@ def encode_pair(encoding, context: str, continuation: str) -> tuple[list[int], i
     Both are encoded together, as text was in training. Blanks at the end of the context belong to
     the continuation, which has at least one token.
     """
-    ids = encode(encoding, context + continuation).tolist()
-    cut = len(encode(encoding, context.rstrip()))
+    ids = encode_whole(encoding, context + continuation).tolist()
+    cut = len(encode_whole(encoding, context.rstrip()))
     cut = min(cut, len(ids) - 1)  # the last token may contain the end of the context
     if cut == 0:  # the first token that is scored needs one before it
         return [separator(encoding), *ids], len(ids)
@@ -289,7 +289,7 @@ def prompts(task: Task, encoding, room: int) -> list[str]:
         drawn = rng.sample(task.pool, task.shots + own)
         shots = [shot for shot in drawn if shot is not question][: task.shots]
         parts = [*map(solved, shots), question["context"]]
-        while len(parts) > 1 and len(encode(encoding, "\n\n".join(parts))) > room:
+        while len(parts) > 1 and len(encode_whole(encoding, "\n\n".join(parts))) > room:
             parts.pop(-2)  # the last shot
         texts[i] = "\n\n".join(parts)
     return [texts[i] for i in range(len(texts))]
