@@ -1,6 +1,7 @@
 """README.md, docs/ and results/README.md: their tables, links, options and files are real."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,16 @@ def test_every_file_the_pages_name_exists():
     assert "train.py" in scripts and len(paths) > 10
     for name in {*scripts, *(a or b for a, b in paths)}:
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
+def test_what_the_commands_write_stays_out_of_git_status():
+    """All that the pages' commands name after --plot, --hf, --out and --local-dir, but DIR and FILE."""
+    written = set(re.findall(r"--(?:plot|hf|out|local-dir) ([\w./-]*[a-z0-9])(?![\w-])", ALL_TEXT))
+    assert {"figures", "my-llama", "osp-4bit.pt", "tasks", "osp"} <= written
+    for path in {*written, "tokenizer.json", ".cache"}:
+        asked = ["git", "check-ignore", path, f"{path}/file"]  # as a file or as a folder
+        assert subprocess.run(asked, cwd=ROOT, capture_output=True).returncode == 0, path
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
