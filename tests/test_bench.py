@@ -1,6 +1,7 @@
 """What --bench and --dry-run say, and that they leave nothing behind."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -38,7 +39,8 @@ def test_bench_measures_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys)
     assert not any("mfu" in key for key in result)  # the peak of a CPU is not known
     assert result["ranks"] == 1 and result["wall_s"] > result["first_step_s"] > 0
     train.main([*SHAPE, "--steps", "3", "--bench"])
-    assert "tokens/s" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "tokens/s" in out and float(re.search(r"(\S+) TFLOP/s", out).group(1)) > 0
     assert list(tmp_path.iterdir()) == []
 
 

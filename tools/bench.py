@@ -183,7 +183,7 @@ def report(r: dict) -> str:
                 f"optimizer {r['optimizer_ms']:,.1f} ({optimizer_share:.1%})",
         "first step": f"{r['first_step_s']:.0f} s after the start, compilation included",
         "peak memory": f"{r['peak_memory_gib']:.2f} GiB",
-        "model arithmetic": f"{r['model_tflops']:.1f} TFLOP/s for each process",
+        "model arithmetic": f"{r['model_tflops']:.3g} TFLOP/s for each process",
     }
     if "mfu_matmul" in r:
         lines["MFU"] = f"{r['mfu_matmul']:.1%} of the {r['matmul_tflops']:.0f} TFLOP/s of a product"
