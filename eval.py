@@ -26,7 +26,15 @@ writing. The command line, its tables and figures are in tools/.
 import functools
 import importlib
 import math
+import sys
 from contextlib import ExitStack
+
+def main(argv=None):
+    importlib.import_module("tools.evaluate").main(argv)  # the command line
+
+
+if __name__ == "__main__":  # here, and not below, because torch takes seconds to import
+    sys.exit(main())
 
 import torch
 from tqdm import tqdm
@@ -326,18 +334,10 @@ def generate(model, tokens, n, window, temperature=1.0, top_k=None, seed=0, use_
             raise ArithmeticError("the logits are not finite: there is nothing to draw from")
         if top_k:
             logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -math.inf
-        if temperature == 0:
+        if temperature < 1e-30:  # dividing by it would overflow
             token = int(logits.argmax())
         else:
             probabilities = (logits / temperature).softmax(dim=-1)
             token = int(torch.multinomial(probabilities, 1, generator=generator))
         context, unread = [*context, token], [token]
         yield token
-
-
-def main(argv=None):
-    importlib.import_module("tools.evaluate").main(argv)  # the command line
-
-
-if __name__ == "__main__":
-    main()

@@ -36,6 +36,14 @@ of four bits in tools/.
 import copy
 import importlib
 import math
+import sys
+
+def main(argv=None):
+    importlib.import_module("tools.export").main(argv)  # the command line
+
+
+if __name__ == "__main__":  # here, and not below, because torch takes seconds to import
+    sys.exit(main())
 
 import torch
 import torch.nn as nn
@@ -321,11 +329,3 @@ def quantize(model, recipe: Recipe, calibration=None) -> Transformer:
             model.scales = round_weights(model, recipe)
     attach_rounding(model, recipe)
     return model
-
-
-def main(argv=None):
-    importlib.import_module("tools.export").main(argv)  # the command line
-
-
-if __name__ == "__main__":
-    main()

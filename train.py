@@ -21,18 +21,8 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-import torch
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
-
-from data.splits import open_datasets
-from eval import at_four_bits, evaluate
-from model import Config, Transformer
-from muon import make_optimizers
-from nanoosp.machine import Ranks, StopSignal, freeze_garbage, peak_memory_gib, pick_device, say
-from nanoosp.options import command, fail, fill, option, parse
-from nanoosp.run import Run, RunOptions, check_options, micro_batch_size, restore, resume
-from nanoosp.summary import optimizer_table
+from nanoosp.options import command, early, fail, fill, option, parse
+from nanoosp.run import Run, RunOptions, check_options, micro_batch_size, restore, resume, usual_lr
 
 # Shape and schedule. Learning rates of tiny and toy come from sweeps (results/README.md), of small
 # from their trend with width, of 1.4b from the paper (App. A.1). micro: micro-batch for 80 GB.
@@ -53,7 +43,6 @@ PRESETS = {
 }
 SHAPE = ("n_layer", "n_head", "n_embd", "vocab_size")
 OSP = {"optimizer": "muon", "norm": "ss", "embproj": True}  # what --osp stands for
-TOOLS = {"ablation": "tools.ablation", "dry_run": "tools.dry_run", "bench": "tools.bench"}
 
 
 @dataclass
@@ -72,7 +61,7 @@ class Options(RunOptions):
                          choices=list(PRESETS), group="the model and its text")
     data: str = option(None, "output of data/prepare.py or corpus.py, or a folder of llm.c or "
                        "nanoGPT .bin files (default: shakespeare)", may_change=True)
-    n_layer: int = option(None, "blocks, instead of the preset's")
+    n_layer: int = option(None, "blocks, instead of the preset's", high=1000)
     n_head: int = option(None, "attention heads, instead of the preset's")
     n_embd: int = option(None, "channels of the residual stream, instead of the preset's")
     vocab_size: int = option(None, "rows of embedding and head (default: ids, rounded up to 64s)")
@@ -91,6 +80,20 @@ class Options(RunOptions):
                            "--steps, the paper's)", low=0, may_change=True)
     grad_clip: float = option(None, "clip the gradient to this norm; 0: never (default: 1)", low=0)
     seed: int = option(None, "for the initial weights and the data order (default: 0)", low=0)
+
+
+early("train.py", Options)  # --help and mistakes end here, since torch takes seconds to import
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data.splits import open_datasets
+from eval import at_four_bits, evaluate
+from model import Config, Transformer
+from muon import make_optimizers
+from nanoosp.machine import Ranks, StopSignal, freeze_garbage, peak_memory_gib, pick_device, say
+from nanoosp.summary import optimizer_table
 
 
 def trapezoid(step: int, steps: int, warmup: int, cooldown: int) -> float:
@@ -148,9 +151,8 @@ def train(opt, state, ranks) -> dict:
         restore(state, model, optimizers, data)
     run, stop, preset = Run(opt, ranks), StopSignal(), PRESETS[opt.preset]
     micro = micro_batch_size(opt, preset, ranks.world)
-    epochs = opt.steps * opt.batch_size / data.n_windows
     say(f"{optimizer_table(optimizers)}\n{opt.batch_size} x {opt.seq_len} tokens a step, "
-        f"{epochs:.2g} epochs, run directory {run.path}", opt.json)
+        f"{opt.steps * opt.batch_size / data.n_windows:.2g} epochs, directory {run.path}", opt.json)
     eval_args = val, preset["eval_windows"], micro, ranks
 
     def evaluate_and_log(step):
@@ -223,7 +225,7 @@ def resolve(opt):
         fill(opt, steps=10, data="random")
     fill(opt, data="shakespeare" if opt.preset in ("tiny", "toy") else None)
     fill(opt, seq_len=preset["seq_len"], batch_size=preset["batch_size"], steps=preset["steps"])
-    fill(opt, lr=preset["adam_lr" if opt.optimizer == "adam" else "muon_lr"])
+    fill(opt, lr=usual_lr(preset, opt.optimizer))
     fill(opt, embed_lr=2 * opt.lr, weight_decay=0.01, grad_clip=1.0, seed=0)
     fill(opt, warmup=opt.steps // 20, cooldown=opt.steps // 5)
     fill(opt, eval_every=preset.get("eval_every", max(1, opt.steps // 10)))
@@ -240,9 +242,9 @@ def resolve(opt):
 def main(argv=None):
     began = time.perf_counter()
     opt = parse(Options, __doc__, argv)
-    for name, tool in TOOLS.items():  # options that run another program
+    for name in ("ablation", "dry_run", "bench"):  # options that run another program
         if getattr(opt, name):
-            return importlib.import_module(tool).main(argv)
+            return importlib.import_module(f"tools.{name}").main(argv)
     state = resolve(opt)
     parts = f"optimizer {opt.optimizer}, norm {opt.norm}, embproj {'on' if opt.embproj else 'off'}"
     say(f"preset {opt.preset} on {opt.device} in {opt.dtype}: {parts}, {opt.steps} steps "

@@ -16,7 +16,8 @@ another. (Inference servers use a constant from calibration instead.)
 
 import torch
 
-BLOCK = {"mxfp4": 32, "nvfp4": 16}
+from nanoosp.recipe import BLOCK
+
 E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
 E4M3_MAX, E4M3_MIN = 448.0, 2.0**-9  # the smallest above 0: no block has a scale of 0
 

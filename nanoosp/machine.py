@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from nanoosp.options import fail, is_first
+from nanoosp.options import exit_at_once, fail, is_first
 
 
 @dataclass
@@ -85,7 +85,7 @@ class StopSignal:
 
     def _remember(self, number, frame):
         if number == signal.SIGINT and time.monotonic() > self.when + 2:
-            raise KeyboardInterrupt
+            exit_at_once()
         self.received, self.when = number, min(self.when, time.monotonic())
 
     @staticmethod

@@ -9,18 +9,21 @@
         opt = parse(Options, __doc__, argv)
 
 A user's mistake ends with one line: exit code 2 for options (fail), 1 for files and failed runs (command). Nothing here
-imports torch, which takes seconds: the scripts of data/ do without it.
+imports torch, which takes seconds: the scripts of data/ do without it, and the others call early() before they do.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
 import math
 import os
 import re
+import signal
 import sys
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NOTES = r"\n\n(?:Glossary|Words used here|Deviations|Read it top to bottom)"  # a docstring's part for readers of the code
 
 
@@ -36,14 +39,14 @@ def fail(message: str):
     sys.exit(2)
 
 
-def option(default, help: str, *, group=None, choices=None, low=None, high=2**31, many=False, positional=False,
+def option(default, help: str, *, group=None, choices=None, low=None, high=None, many=False, positional=False,
            metavar=None, required=False, **facts):
     """A field of an options dataclass. Its annotation is the type: int, float, str, Path or bool.
 
     Args:
         default: None means "not given", for the script to fill in.
         group: heading that begins here in --help, for this option and those after it.
-        low, high: a number must be at least low (without it, above 0) and below high.
+        low, high: a number must be at least low (without it, above 0) and below high (without it, an int below 2^31).
         many: takes a list of values. positional: given without its name. required: must be given.
         facts: whatever else the script wants to know of its options, kept in the field's metadata.
     """
@@ -108,6 +111,29 @@ def parse(options: type, docstring: str, argv=None):
     return opt
 
 
+def early(script: str, options: type, check=lambda opt: None):
+    """End `script`, if it is the program that runs, for --help or a mistake in its options and, until command() begins,
+    for Ctrl-C. Called before torch is imported, which takes seconds."""
+    main = sys.modules["__main__"]
+    if os.path.abspath(getattr(main, "__file__", None) or "") == os.path.join(ROOT, script):
+        signal.signal(signal.SIGINT, exit_at_once)
+        check(parse(options, main.__doc__))
+
+
+def interrupted() -> int:
+    """Say that Ctrl-C was pressed. Returns the exit code."""
+    if is_first():
+        os.write(2, b"interrupted\n")  # print() must not be interrupted by itself
+    return 130
+
+
+def exit_at_once(*_):
+    """Ctrl-C while packages are imported or kernels compile: an exception might get lost in there."""
+    with contextlib.suppress(RuntimeError):  # it may be in the middle of printing
+        sys.stdout.flush()
+    os._exit(interrupted())
+
+
 def fill(opt, **defaults):
     """Give options that are None their defaults."""
     for name, value in defaults.items():
@@ -118,13 +144,14 @@ def fill(opt, **defaults):
 def check_ranges(opt):
     """End the program at the first number that is out of its range."""
     for field in dataclasses.fields(opt):
-        value, low = getattr(opt, field.name), field.metadata["low"]
+        value, low, high = getattr(opt, field.name), field.metadata["low"], field.metadata["high"]
         if type(value) not in (int, float):
             continue
+        high = high or (2**31 if type(value) is int else math.inf)
         enough = value > 0 if low is None else value >= low  # false for nan
-        if not enough or value >= (field.metadata["high"] if type(value) is int else math.inf):
-            bound = "must be above 0" if low is None else f"must be at least {low}"
-            fail(f"{flag(field.name)} {value} is out of range: it {bound}, and not huge")
+        if not enough or value >= high:
+            bound = "above 0" if low is None else f"at least {low}"
+            fail(f"{flag(field.name)} {value} is out of range: it must be {bound} and below {high}")
 
 
 def command(main):
@@ -133,10 +160,12 @@ def command(main):
     @functools.wraps(main)
     def run(argv=None):
         try:
+            if signal.getsignal(signal.SIGINT) is exit_at_once:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             main(argv)
             sys.stdout.flush()
         except KeyboardInterrupt:
-            sys.exit("interrupted")
+            sys.exit(interrupted())
         except BrokenPipeError:  # a pipe into `head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at its exit
             sys.exit(1)
@@ -146,6 +175,8 @@ def command(main):
             sys.exit(f"error: {error}" if is_first() else f"error on rank {os.environ['RANK']}: {error}")
         except (RuntimeError, MemoryError) as error:
             first_line = (str(error).splitlines() or [""])[0]
+            if "without overflow" in first_line:  # for which float32 is too small
+                sys.exit("error: a number became too large for float32: try a lower --lr")
             if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or re.search("allocate|overflow", first_line):
                 sys.exit(f"error: not enough memory ({first_line}); use a smaller --micro-batch-size (eval.py: "
                          "--batch-size), model or --seq-len")

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from nanoosp.formats import BLOCK
+from nanoosp.options import option
 
 METHODS = ("rtn", "had", "gptq", "quarot", "spinquant")  # each does what those before it do
+BLOCK = {"mxfp4": 32, "nvfp4": 16}  # values that share a scale (nanoosp/formats.py)
 FORMATS = ("int", *BLOCK)
 
 
@@ -59,3 +60,27 @@ class Recipe:
     @property
     def calibrates(self) -> bool:
         return self.learns or self.does("gptq") and self.w < 16
+
+
+@dataclass
+class RecipeOptions:
+    """What of a Recipe the command lines of quantize.py and eval.py share."""
+
+    format: str = option("int", "of weights and activations: integers, or the 4-bit formats of "
+                         "hardware (default: int)", choices=FORMATS,
+                         group="variations of quantizing")
+    no_clip: bool = option(False, "scale weights by their largest value, without search: the "
+                           "plain RTN")
+    w_group: int = option(0, "N weights of a row share a scale (default: the whole row)", low=0,
+                          metavar="N")
+    symmetric: bool = option(False, "round activations on a grid symmetric about 0, not on min "
+                             "to max")
+    center_embed: bool = option(False, "quarot, spinquant: subtract embedding means, as the "
+                                "official code")
+
+    def recipe(self, bits: str, method: str, **others) -> Recipe:
+        """Raises ValueError. Embeddings are centred only by methods that rotate them."""
+        rotates = Recipe(bits, method).does("quarot")
+        return Recipe(bits, method, self.format, clip=not self.no_clip, group=self.w_group,
+                      symmetric=self.symmetric, center_embed=self.center_embed and rotates,
+                      **others)

@@ -13,7 +13,6 @@ import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from model import Config, Transformer
 from nanoosp.files import read_archive, save_archive, write_text
 from nanoosp.options import check_ranges, fail, flag, option
 
@@ -73,7 +72,7 @@ class RunOptions:
     full: bool = option(False, "with --ablation: all 12 combinations, also those the paper lacks",
                         launch=True)
     seeds: int = option(None, "with --ablation: as many runs of each row, --seed and the next ones "
-                        "(default: 1)", launch=True)
+                        "(default: 1)", launch=True, high=1000)
     gpus: int = option(None, "with --ablation: train as many rows side by side, one a GPU", launch=True)
     dry_run: bool = option(False, "say what would be trained (parameters, memory, tokens) and stop",
                            launch=True)
@@ -112,6 +111,11 @@ def micro_batch_size(opt, preset: dict, world: int) -> int:
     """Sequences that one rank computes at once: as asked, or the preset's, or all of its share."""
     share = opt.batch_size // world
     return opt.micro_batch_size or math.gcd(share, preset.get("micro", share))
+
+
+def usual_lr(preset: dict, optimizer: str) -> float:
+    """The peak learning rate of a preset, where none is given."""
+    return preset["adam_lr" if optimizer == "adam" else "muon_lr"]
 
 
 def check_options(opt, preset: dict, step: int):
@@ -163,7 +167,7 @@ def check_checkpoint(state, path) -> dict:
     return state
 
 
-def model_from_checkpoint(state: dict, device="cpu") -> Transformer:
+def model_from_checkpoint(state: dict, device="cpu"):
     """The model of a checkpoint, in the precision it was saved in."""
     unknown = set(state["config"]) - {field.name for field in fields(Config)}
     if unknown:
@@ -171,6 +175,8 @@ def model_from_checkpoint(state: dict, device="cpu") -> Transformer:
     try:
         return Transformer.from_weights(Config(**state["config"]), state["model"]).to(device)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+    from model import Config, Transformer  # only here: torch takes seconds to import
+
         reason = str(error).splitlines()[-1].strip()
         raise ValueError(f"the checkpoint's weights do not fit its config: {reason}") from error
 

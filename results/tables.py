@@ -38,7 +38,16 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # so that it runs from any directory
 
 from nanoosp.files import write_text  # noqa: E402 (it and the rest need the line above)
-from nanoosp.options import command, parse  # noqa: E402
+from nanoosp.options import command, early, parse  # noqa: E402
+
+
+@dataclass
+class Options:
+    """There are none but --help."""
+
+
+early("results/tables.py", Options)
+
 from nanoosp.recipe import FORMATS  # noqa: E402
 from nanoosp.summary import table  # noqa: E402
 from tools.ablation import ablation_table, mean_and_spread, with_rate  # noqa: E402
@@ -605,11 +614,6 @@ def figures():
     shown = {"ffn_norm_gain": "gain of the FFN's norm", "hidden_max": "largest |hidden|",
              "hidden_kurtosis": "excess kurtosis of the hidden state"}
     yield plot.save(draw_traces(traces, shown, log=shown), assets / "ffn_hidden.png")
-
-
-@dataclass
-class Options:
-    """There are none but --help."""
 
 
 @command

@@ -1,7 +1,13 @@
 """What the scripts share."""
 
+import ast
+import dataclasses
+import math
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +17,8 @@ import quantize
 import train
 from data import benchmarks, corpus, prepare
 from nanoosp import files
-from nanoosp.options import build_parser
+from nanoosp.options import build_parser, flag, parse
+from results.ffn_hidden import trace
 from tools import evaluate, export
 
 ROOT = Path(train.__file__).parent
@@ -39,16 +46,127 @@ def test_misspelt_options_of_the_data_scripts_name_the_nearest(name, capsys):
     assert capsys.readouterr().err == "error: unknown option --ouut=x; did you mean --out?\n"
 
 
-def test_the_data_scripts_start_from_any_directory_without_torch_and_extras(tmp_path):
-    """Importing torch would take each of corpus.py's processes seconds."""
-    for module in ("torch", "tokenizers", "pyarrow", "huggingface_hub"):
-        (tmp_path / f"{module}.py").write_text(f"raise SystemExit('{module} was imported')")
-    environment = {"PYTHONPATH": str(tmp_path)}
-    for name in ("prepare", "corpus", "benchmarks"):
-        command = [sys.executable, ROOT / f"data/{name}.py", "--help"]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment,
-                              cwd=tmp_path)
-        assert done.returncode == 0 and "usage" in done.stdout, done.stderr
+def stand_in(folder, code, *modules):
+    """An environment in which importing one of these packages runs `code` instead."""
+    for module in modules:
+        (folder / f"{module}.py").write_text(code.format(module))
+    return {"PYTHONPATH": str(folder)}
+
+
+FILES = [path for path in ROOT.rglob("*.py") if "tests" not in path.parts]
+RUNNABLE = [str(path.relative_to(ROOT)) for path in FILES
+            if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
+SLOW = ["results/ffn_hidden/trace.py"]  # its options are train.py's and more, so it imports train.py
+
+
+@pytest.mark.parametrize("script", RUNNABLE)
+def test_help_and_mistakes_are_answered_from_any_directory_before_torch_is_imported(
+        script, tmp_path):
+    """That would take seconds, also in each of corpus.py's processes. Extras may be missing."""
+    packages = ["tokenizers", "pyarrow", "huggingface_hub", "transformers", "matplotlib"]
+    environment = stand_in(tmp_path, "raise SystemExit('{} was imported')",
+                           *packages, *["torch"] * (script not in SLOW))
+    before = {path: path.stat().st_mtime_ns for path in (*FILES, *ROOT.rglob("*.md"))}
+
+    def run(option):
+        return subprocess.run([sys.executable, ROOT / script, option], capture_output=True,
+                              text=True, env=environment, cwd=tmp_path)
+
+    done = run("--help")
+    assert done.returncode == 0 and done.stdout.startswith("usage") and not done.stderr
+    done = run("--no-such-option")
+    assert done.returncode == 2 and re.fullmatch("error: .*\n", done.stderr) and not done.stdout
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # tables.py writes pages
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".py"]
+
+
+def test_all_other_files_only_define_when_they_are_run():
+    harmless = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.Try,
+                ast.AnnAssign)
+    for path in FILES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            is_call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+            if str(path.relative_to(ROOT)) not in RUNNABLE and is_call:
+                called = ast.unparse(node.value.func)
+                assert called in ("early", "os.environ.setdefault") or ".use" in called, path
+            elif str(path.relative_to(ROOT)) not in RUNNABLE and not isinstance(node, ast.Expr):
+                assert isinstance(node, harmless), path
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "quantize.py", "results/tables.py",
+                                    "results/rounding/measure.py"])
+def test_ctrl_c_while_torch_is_imported_ends_with_one_line(script, tmp_path):
+    """A torch whose import lasts, and in which an exception would get lost."""
+    lasting = "import os, time\nopen('begun', 'w')\nwhile True:\n    try: time.sleep(9)\n    except BaseException: pass\n"
+    argv = {"eval.py": ["x"], "quantize.py": ["x", "--out", "y"], "results/rounding/measure.py": ["x"]}
+    process = subprocess.Popen([sys.executable, ROOT / script, *argv.get(script, [])],
+                               env=stand_in(tmp_path, lasting, "torch"), cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 30
+    while not (tmp_path / "begun").exists():
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, "", "interrupted\n")
+
+
+def test_a_second_ctrl_c_ends_a_run_where_an_exception_would_get_lost():
+    """torch.compile runs callbacks of weak references, from which Python prints exceptions and goes on."""
+    script = """
+import os, signal, weakref
+from nanoosp.machine import StopSignal
+stop = StopSignal()
+os.kill(os.getpid(), signal.SIGINT)
+assert stop.received == signal.SIGINT  # the first
+stop.when -= 3  # seconds ago
+class Kernel: pass
+kernel = Kernel()
+callback = weakref.ref(kernel, lambda _: os.kill(os.getpid(), signal.SIGINT))
+del kernel
+print("went on")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("script, argv", [("train.py", []), ("eval.py", ["x"]),
+                                          ("quantize.py", ["x", "--out", "y"])])
+def test_threads_of_torch_are_told_to_sleep_while_they_wait(script, argv, tmp_path):
+    """Once torch is there, it is too late. Who sets the variable decides."""
+    asked = stand_in(tmp_path, "import os\nraise SystemExit(os.environ['OMP_WAIT_POLICY'])", "torch")
+    for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        done = subprocess.run([sys.executable, ROOT / script, *argv], capture_output=True,
+                              text=True, env=asked | given, cwd=tmp_path)
+        assert done.stderr == expected + "\n"
+
+
+NUMBERS = [(options, field.name) for options in (
+               train.Options, evaluate.Options, export.Options, prepare.Options, corpus.Options,
+               benchmarks.Options, trace.TraceOptions)
+           for field in dataclasses.fields(options) if field.type in (int, float)]
+
+
+@pytest.mark.parametrize("options, name", NUMBERS)
+def test_numbers_are_taken_up_to_their_bounds_and_refused_past_them(options, name, capsys):
+    field = next(field for field in dataclasses.fields(options) if field.name == name)
+    low, high = field.metadata["low"], field.metadata["high"]
+    if field.type is int:
+        smallest, largest = 1 if low is None else low, (high or 2**31) - 1
+        too_small, too_large = [smallest - 1, -(10**30)], [largest + 1, 10**30]
+    else:
+        smallest, largest = 5e-324 if low is None else low, math.nextafter(high or math.inf, 0)
+        too_small, too_large = [0 if low is None else -5e-324, -math.inf], [high or math.inf, math.inf]
+    needed = {evaluate.Options: ["x"], export.Options: ["x"], trace.TraceOptions: ["adam"],
+              corpus.Options: ["--out", "x"], benchmarks.Options: ["piqa", "--out", "x"]}
+    given = [*needed.get(options, []), flag(name)]
+    for value in (smallest, largest):
+        assert getattr(parse(options, "", [*given, repr(value)]), name) == value
+    for value in (*too_small, *too_large, math.nan, "x", "1e"):
+        with pytest.raises(SystemExit) as error:
+            parse(options, "", [*given[:-1], f"{flag(name)}={value}"])
+        line = capsys.readouterr().err
+        assert error.value.code == 2 and line.count("\n") == 1 and flag(name) in line
 
 
 def test_batches_are_read_with_numpy_alone(tmp_path):

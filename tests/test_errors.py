@@ -171,6 +171,7 @@ def test_resume_on_other_raw_shards(fails, small_run, tmp_path):
 
 def test_weights_that_blow_up_never_replace_a_checkpoint(fails, small_run, tmp_path):
     fails([*small_run, "--lr", "1e30", "--warmup", "0", "--save-every", "1", "--out", tmp_path / "r"], 1, "not finite|nan|inf")
+    fails([*small_run, "--lr", "1e38", "--warmup", "0", "--out", tmp_path / "s"], 1, "too large for float32: try a lower --lr")
     state = load_checkpoint(tmp_path / "r")
     assert state["step"] < 5 and all(t.isfinite().all() for t in state["model"].values())
 

@@ -7,27 +7,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
-import eval as evaluation
-from data.tokenizer import beginning, encode_whole
-from eval import (
-    attention_sinks,
-    evaluate,
-    generate,
-    kurtosis_as_published,
-    mean_loss,
-    perplexity,
-)
-from nanoosp.formats import BLOCK
-from nanoosp.machine import peak_memory_gib, pick_device
-from nanoosp.options import command, fail, flag, option, parse
-from quantize import METHODS, Recipe, linears, quantize
-from tools.export import RecipeOptions
-from tools.loading import Loaded, load
-from tools.report import all_scores, comparison, describe, describe_tasks, quantized_table
-from tools.tasks import read_tasks, score_tasks
+from nanoosp.options import command, early, fail, flag, option, parse
+from nanoosp.recipe import BLOCK, METHODS, Recipe, RecipeOptions
 
 # The paper's Figure 4: first the weights alone, then the activations alone.
 SWEEP = [f"{w}-16-16" for w in range(8, 2, -1)] + [f"16-{a}-16" for a in range(8, 3, -1)]
@@ -134,6 +115,35 @@ def quantizing(opt) -> list[str]:
     """The names of the options for quantizing that were given."""
     names = ("bits", "sweep", "methods", "calib", *RecipeOptions.__annotations__)
     return [name for name in names if getattr(opt, name) != getattr(Options, name)]
+
+
+early("eval.py", Options, check)
+
+import torch
+from tqdm import tqdm
+
+import eval as evaluation
+from data.tokenizer import beginning, encode_whole
+from eval import (
+    attention_sinks,
+    evaluate,
+    generate,
+    kurtosis_as_published,
+    mean_loss,
+    perplexity,
+)
+from nanoosp.machine import peak_memory_gib, pick_device
+from quantize import linears, quantize
+from tools.loading import Loaded, load
+from tools.report import (
+    all_scores,
+    comparison,
+    describe,
+    describe_tasks,
+    in_short,
+    quantized_table,
+)
+from tools.tasks import read_tasks, score_tasks
 
 
 def load_target(path: Path, opt) -> Loaded:

@@ -4,39 +4,8 @@ import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import torch
-
-import quantize as quantization
-from nanoosp.machine import peak_memory_gib, pick_device
-from nanoosp.options import command, fail, flag, option, parse
-from quantize import FORMATS, METHODS, Recipe, quantize
-from tools.huggingface import last_evaluation, save_llama
-from tools.loading import Loaded, load
-from tools.packed import save_packed
-
-
-@dataclass
-class RecipeOptions:
-    """The part of a Recipe that eval.py's command line has too."""
-
-    format: str = option("int", "of weights and activations: integers, or the 4-bit formats of "
-                         "hardware (default: int)", choices=FORMATS,
-                         group="variations of quantizing")
-    no_clip: bool = option(False, "scale weights by their largest value, without search: the "
-                           "plain RTN")
-    w_group: int = option(0, "N weights of a row share a scale (default: the whole row)", low=0,
-                          metavar="N")
-    symmetric: bool = option(False, "round activations on a grid symmetric about 0, not on min "
-                             "to max")
-    center_embed: bool = option(False, "quarot, spinquant: subtract embedding means, as the "
-                                "official code")
-
-    def recipe(self, bits: str, method: str, **others) -> Recipe:
-        """Raises ValueError. Embeddings are centred only by methods that rotate them."""
-        rotates = Recipe(bits, method).does("quarot")
-        return Recipe(bits, method, self.format, clip=not self.no_clip, group=self.w_group,
-                      symmetric=self.symmetric, center_embed=self.center_embed and rotates,
-                      **others)
+from nanoosp.options import command, early, fail, flag, option, parse
+from nanoosp.recipe import METHODS, Recipe, RecipeOptions
 
 
 @dataclass
@@ -54,7 +23,7 @@ class Options(RecipeOptions):
     steps: int = option(Recipe.steps, "of SpinQuant's search: more find better rotations "
                         f"(default: {Recipe.steps})", low=0)
     lr: float = option(Recipe.lr, "of SpinQuant; if its loss jumps, lower it "
-                       f"(default: {Recipe.lr})", low=0)
+                       f"(default: {Recipe.lr})", low=0, high=2**63)
     seed: int = option(Recipe.seed, "of the random rotations (default: 0)", low=0, high=2**63)
     dtype: str = option(None, "of embedding, head, norms and all arithmetic (default: as in "
                         "TARGET)", choices=["float32", "bfloat16"])
@@ -102,6 +71,18 @@ def check(opt) -> Recipe:
         if name in given and not recipe.does(method):
             fail(f"{flag(name)} does nothing for --method {recipe.method}, only from {method} on")
     return recipe
+
+
+early("quantize.py", Options, check)
+
+import torch
+
+import quantize as quantization
+from nanoosp.machine import peak_memory_gib, pick_device
+from quantize import quantize
+from tools.huggingface import last_evaluation, save_llama
+from tools.loading import Loaded, load
+from tools.packed import save_packed
 
 
 def export_llama(loaded: Loaded, directory: Path):

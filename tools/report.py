@@ -153,6 +153,16 @@ def bits_table(rows: list[dict], settings: list[str]) -> str:
     return table([f"loss added by W-A-KV bits{format_name(rows)}", "method", "exact", *settings], lines)
 
 
+def in_short(result: dict) -> str:
+    """What was measured of a quantized model, in one line."""
+    words = []
+    if "val_loss" in result:
+        words.append(f"loss {result['val_loss']:.4f} ({result['added']:+.4f})")
+    if "average" in result:
+        words.append(f"average score {percent(result['average'])}")
+    return ", ".join(words)
+
+
 def all_scores(rows: list[dict]) -> str:
     """The benchmarks of every target, and below it those of its quantized models."""
     scores = []

@@ -13,21 +13,25 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs from any directory
 
-from model import hooked  # noqa: E402 (it and the rest need the line above)
-from nanoosp.machine import pick_device  # noqa: E402
-from nanoosp.options import command, option, parse  # noqa: E402
-from quantize import Recipe, linears, per_column, recipe_scale, weight_codes  # noqa: E402
-from tools.loading import load  # noqa: E402
+from nanoosp.options import command, early, option, parse  # noqa: E402 (it needs the line above)
 
 
 @dataclass
 class RoundingOptions:
     targets: Path = option(None, "run directories", positional=True, many=True, metavar="RUN",
                            required=True)
+
+
+early("results/rounding/measure.py", RoundingOptions)
+
+import torch  # noqa: E402
+
+from model import hooked  # noqa: E402
+from nanoosp.machine import pick_device  # noqa: E402
+from quantize import Recipe, linears, per_column, recipe_scale, weight_codes  # noqa: E402
+from tools.loading import load  # noqa: E402
 
 
 @torch.no_grad()
