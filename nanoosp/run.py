@@ -23,6 +23,8 @@ except ImportError:
 
 ROOT = Path(__file__).resolve().parent.parent
 LAST_GOOD = "the run's checkpoint is the last good state. Try a lower --lr"
+AGAIN = "NANOOSP_AGAIN"  # environment variable: the command that goes on, where it is not the run's own --resume
+NAMED = ("lr", "embed_lr", "weight_decay", "steps", "seed")  # options that a new run's directory names, if given
 OPTIMIZERS = {"adam": "Adam", "muon": "Muon", "muon-only": "Muon-only"}
 
 
@@ -79,6 +81,10 @@ class RunOptions:
     bench: bool = option(False, "only measure: --steps steps (default: 10) on random tokens (--data "
                          "random), nothing evaluated or saved", launch=True)
 
+    def __post_init__(self):
+        given = {name: getattr(self, name, None) for name in NAMED}
+        self.named = "".join(f"-{name}{value}" for name, value in given.items() if value is not None)
+
 
 def remembered(opt) -> dict:
     return {f.name: getattr(opt, f.name) for f in fields(opt) if not f.metadata.get("launch")}
@@ -107,15 +113,15 @@ def resume(opt) -> dict:
     return state
 
 
+def usual_lr(preset: dict, optimizer: str) -> float:
+    """The peak learning rate of a preset, where none is given."""
+    return preset["adam_lr" if optimizer == "adam" else "muon_lr"]
+
+
 def micro_batch_size(opt, preset: dict, world: int) -> int:
     """Sequences that one rank computes at once: as asked, or the preset's, or all of its share."""
     share = opt.batch_size // world
     return opt.micro_batch_size or math.gcd(share, preset.get("micro", share))
-
-
-def usual_lr(preset: dict, optimizer: str) -> float:
-    """The peak learning rate of a preset, where none is given."""
-    return preset["adam_lr" if optimizer == "adam" else "muon_lr"]
 
 
 def check_options(opt, preset: dict, step: int):
@@ -169,14 +175,14 @@ def check_checkpoint(state, path) -> dict:
 
 def model_from_checkpoint(state: dict, device="cpu"):
     """The model of a checkpoint, in the precision it was saved in."""
+    from model import Config, Transformer  # only here: torch takes seconds to import
+
     unknown = set(state["config"]) - {field.name for field in fields(Config)}
     if unknown:
         raise ValueError(f"the checkpoint's config has unknown entries {sorted(unknown)}: made by a newer version?")
     try:
         return Transformer.from_weights(Config(**state["config"]), state["model"]).to(device)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-    from model import Config, Transformer  # only here: torch takes seconds to import
-
         reason = str(error).splitlines()[-1].strip()
         raise ValueError(f"the checkpoint's weights do not fit its config: {reason}") from error
 
@@ -245,7 +251,7 @@ class Run:
             raise ArithmeticError(f"{description}: stopped before anything was saved; {LAST_GOOD}")
 
     def resume_command(self) -> str:
-        return shlex.join([*launcher(), sys.argv[0], "--resume", os.path.relpath(self.path)])
+        return os.environ.get(AGAIN) or shlex.join([*launcher(), sys.argv[0], "--resume", os.path.relpath(self.path)])
 
 
 def launcher() -> list[str]:
@@ -261,8 +267,9 @@ def numbered(path: Path):
 
 
 def new_directory(opt) -> Path:
-    """Makes runs/<data>-<preset>-<configuration>, with a number behind it if that is taken."""
-    name = "-".join([Path(opt.data).name, opt.preset, slug(vars(opt))])
+    """Makes runs/<data>-<preset>-<configuration>, with what was given of NAMED, as in tiny-adam-lr0.002, and with a
+    number behind it if that is taken."""
+    name = "-".join([Path(opt.data).name, opt.preset, slug(vars(opt))]) + opt.named.replace("_", "-")
     for path in numbered(ROOT / "runs" / name):
         try:
             path.mkdir(parents=True)

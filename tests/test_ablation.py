@@ -36,14 +36,14 @@ class ForkedRow:
     fork_with = context
     started = []
 
-    def __init__(self, arguments, env=None, **_):
+    def __init__(self, arguments, env, stdout=None, **_):
         self.options, self.environment = arguments[2:], env
-        self.stdout = self.lines() if env else None
+        self.stdout = self.lines() if stdout == FORKING.PIPE else None
         at = self.options.index("--out" if "--out" in self.options else "--resume")
         self.output = Path(self.options[at + 1]).with_suffix(".txt")
         self.output.parent.mkdir(exist_ok=True)
         self.output.touch()
-        arguments = self.options, env or {}, self.output
+        arguments = self.options, env, self.output
         self.process = self.fork_with.Process(target=_child, args=arguments)
         self.process.start()
         self.began, self.ended, self.code = time.monotonic(), None, None
@@ -68,7 +68,7 @@ class ForkedRow:
         yield from self.output.read_text().splitlines(keepends=True)
 
 
-FORKING = SimpleNamespace(Popen=ForkedRow, PIPE=None, STDOUT=None)
+FORKING = SimpleNamespace(Popen=ForkedRow, PIPE=-1, STDOUT=-2)
 
 
 @pytest.fixture
@@ -93,6 +93,11 @@ def wait_for(log, step, output):
     while not (log.exists() and f'"step": {step},' in log.read_text()):
         assert time.monotonic() < until, output.read_text()
         time.sleep(0.01)
+
+
+def row_output(out):
+    """What a forked row printed; a row that is a process of its own prints where the ablation does."""
+    return "".join(path.read_text() for path in out.glob("*.txt"))
 
 
 def ends(argv, capsys):
@@ -211,6 +216,8 @@ def test_a_stop_signal_saves_the_row_and_says_how_to_go_on(small_run, tmp_path, 
     *_, line = output.read_text().splitlines()
     assert line.startswith("stopped; all is saved, go on with python train.py")
     assert "--ablation" in line and str(out) in line
+    hints = re.findall("go on with (.*)", output.read_text() + row_output(out))
+    assert len(hints) == 2 and len(set(hints)) == 1  # the row says the same, not its own --resume
     step = max(read_log(out / "adam-s0")[0])
     assert torch.load(out / "adam-s0/ckpt.pt")["step"] == step < 9000
     assert not (out / "muon-only-s0").exists() and "Traceback" not in output.read_text()
@@ -266,9 +273,9 @@ def test_when_one_of_several_rows_fails_the_others_are_saved(
     (["--optimizer", "muon"], "chooses the parts of OSP itself"),
     (["--norm", "rms"], "chooses the parts of OSP itself"),
     (["--no-embproj"], "chooses the parts of OSP itself"),
-    (["--dry-run"], "chooses the parts of OSP itself"),
+    (["--dry-run"], "--dry-run is for one model"),
     (["--resume", "x"], "goes on by itself"),
-    (["--bench"], "--bench measures one model"),
+    (["--bench"], "--bench is for one model"),
     (["--seeds", "0"], "--seeds 0"),
     (["--gpus", "0"], "--gpus 0"),
     (["--n-head", "5"], "n_head 5"),

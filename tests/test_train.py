@@ -243,7 +243,32 @@ def test_two_runs_started_together_get_directories_of_their_own(small_run, tmp_p
     monkeypatch.setattr(run_directory, "ROOT", tmp_path)
     for _ in range(2):
         train.main([*small_run, "--osp", "--steps", "1"])
-    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["words-tiny-osp", "words-tiny-osp-2"]
+    name = "words-tiny-osp-lr0.01-embed-lr0.01-steps1"
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [name, f"{name}-2"]
+
+
+@pytest.mark.parametrize("argv, name", [
+    ("", "tiny-adam"),
+    ("--osp", "tiny-osp"),
+    ("--preset toy --optimizer muon --embproj", "toy-muon-embproj"),
+    ("--lr 0.002", "tiny-adam-lr0.002"),
+    ("--osp --seed 3 --lr 1e-2 --steps 40", "tiny-osp-lr0.01-steps40-seed3"),
+    ("--weight-decay 0 --batch-size 8 --warmup 5 --no-compile", "tiny-adam-weight-decay0.0"),
+])
+def test_a_new_directory_says_what_was_given(argv, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_directory, "ROOT", tmp_path)
+    opt = parse(train.Options, "", [*argv.split(), "--device", "cpu"])
+    train.resolve(opt)
+    assert run_directory.new_directory(opt) == tmp_path / f"runs/shakespeare-{name}"
+
+
+def test_a_rate_that_is_not_given_is_the_presets_for_the_optimizer():
+    for preset, values in train.PRESETS.items():
+        for optimizer, name in (("adam", "adam_lr"), ("muon", "muon_lr"), ("muon-only", "muon_lr")):
+            argv = f"--preset {preset} --optimizer {optimizer} --data x --device cpu".split()
+            opt = parse(train.Options, "", argv)
+            train.resolve(opt)
+            assert opt.lr == values[name] == run_directory.usual_lr(values, optimizer)
 
 
 def test_a_tied_model_survives_its_checkpoint():

@@ -31,7 +31,7 @@ import train
 from nanoosp.files import write_text
 from nanoosp.machine import StopSignal, pick_device
 from nanoosp.options import command, fail, flag, parse
-from nanoosp.run import ROOT, resume, slug
+from nanoosp.run import AGAIN, ROOT, resume, slug, usual_lr
 from nanoosp.summary import table
 from quantize import Recipe
 from tools.evaluate import measure, measure_quantized
@@ -95,10 +95,11 @@ def main(argv=None):
 def check(opt):
     """End the program if it is asked for what an ablation cannot do."""
     chosen = opt.osp or opt.optimizer or opt.norm or opt.embproj is not None
-    if chosen or opt.resume or opt.dry_run:
+    if chosen or opt.resume:
         fail("--ablation chooses the parts of OSP itself, and goes on by itself if started again")
-    if opt.bench:
-        fail("--bench measures one model; leave out --ablation")
+    for name in ("bench", "dry_run"):
+        if getattr(opt, name):
+            fail(f"{flag(name)} is for one model; leave out --ablation")
     if "RANK" in os.environ:
         fail("the rows of --ablation are processes of their own: use --gpus N instead of torchrun")
     if opt.gpus and opt.gpus > torch.cuda.device_count():
@@ -111,7 +112,7 @@ def check(opt):
 
 def plan(opt, base: Path) -> list[Row]:
     """All rows. Ends the program if their options, or what they were started with, do not fit."""
-    adam_rate = opt.lr or train.PRESETS[opt.preset]["adam_lr"]
+    adam_rate = opt.lr or usual_lr(train.PRESETS[opt.preset], "adam")
     given = {f.name: getattr(opt, f.name) for f in fields(opt)
              if f.name not in OWN_OPTIONS and getattr(opt, f.name) != f.default}
     rows, first_seed = [], opt.seed or 0
@@ -167,7 +168,8 @@ def train_rows(rows: list[Row], gpus: int, again: str, out):
         while waiting or running:
             for gpu in range(gpus):
                 if waiting and gpu not in running:
-                    running[gpu] = start(waiting.pop(0), gpu if gpus > 1 else None, out)
+                    row = waiting.pop(0)
+                    running[gpu] = start(row, gpu if gpus > 1 else None, again, out)
             time.sleep(0.05)
             codes = {gpu: process.poll() for gpu, (process, _) in running.items()}  # None: it runs
             if stop.received or any(codes.values()):
@@ -184,11 +186,11 @@ def train_rows(rows: list[Row], gpus: int, again: str, out):
         stop.forget()
 
 
-def start(row: Row, gpu: int | None, out) -> tuple[subprocess.Popen, threading.Thread]:
+def start(row: Row, gpu: int | None, again: str, out) -> tuple[subprocess.Popen, threading.Thread]:
     """The process that trains a row, and a thread that shows what it prints.
 
     `gpu` is the only one it sees; then every line begins with the row's name. Without `gpu`, the
-    row is alone and has the terminal.
+    row is alone and has the terminal. If it is stopped, it names `again`, the command that goes on.
     """
     script, progress = os.path.relpath(train.__file__), ""
     if row.step is not None:
@@ -196,12 +198,14 @@ def start(row: Row, gpu: int | None, out) -> tuple[subprocess.Popen, threading.T
     print(f"\n== {row.directory.name}{progress}\n$ {shlex.join(['python', script, *row.options])}",
           file=out, flush=True)
     arguments = [sys.executable, script, *row.options]
+    environment = os.environ | {AGAIN: again}
     if gpu is None:
-        process = subprocess.Popen(arguments, stdout=2 if out is sys.stderr else None)
+        shown = 2 if out is sys.stderr else None
+        process = subprocess.Popen(arguments, env=environment, stdout=shown)
     else:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpu + 1)))
-        environment = dict(CUDA_VISIBLE_DEVICES=visible.split(",")[gpu], PYTHONUNBUFFERED="1")
-        process = subprocess.Popen(arguments, env=os.environ | environment, stdout=subprocess.PIPE,
+        environment |= dict(CUDA_VISIBLE_DEVICES=visible.split(",")[gpu], PYTHONUNBUFFERED="1")
+        process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE,
                                    stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
 
     def show():

@@ -15,7 +15,7 @@ from pathlib import Path
 import train
 from nanoosp.files import write_text
 from nanoosp.options import parse
-from nanoosp.run import ROOT, label, launcher, numbered, remembered, slug
+from nanoosp.run import ROOT, label, launcher, numbered, remembered, slug, usual_lr
 from nanoosp.summary import table
 from tools.ablation import typed
 
@@ -88,7 +88,6 @@ def find_sibling(options: dict, directory: Path):
     """(options, summary) of a finished run in the same folder to compare with, or None: of several
     the newest, but one at its preset's learning rate before all others."""
     wanted, at_other_rates = sibling_method(options), []
-    kind = "adam_lr" if wanted is PLAIN else "muon_lr"
     beside = directory.resolve().parent.glob("*/summary.json")
     for path in sorted(beside, key=lambda path: -path.stat().st_mtime):
         try:
@@ -97,7 +96,7 @@ def find_sibling(options: dict, directory: Path):
             same = compared(theirs) == compared(options) and summary["step"] == theirs["steps"]
             if same and wanted.items() <= theirs.items():
                 side_by_side((theirs, summary))  # it has all that will be printed
-                if theirs["lr"] == train.PRESETS[theirs["preset"]][kind]:
+                if theirs["lr"] == usual_lr(train.PRESETS[theirs["preset"]], theirs["optimizer"]):
                     return theirs, summary
                 at_other_rates.append((theirs, summary))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
