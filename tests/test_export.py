@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +13,11 @@ from conftest import randomized, train_osp
 import eval as evaluation
 import quantize as Q
 from data.dataset import Dataset
-from model import Config
+from model import Config, Transformer
 from nanoosp.files import read_archive, read_text
 from quantize import Recipe, per_column, quantize
-from tools.loading import load
+from tools import evaluate as evaluate_tool
+from tools.loading import Loaded, load
 from tools.packed import Int4Linear, pack, packed_model, save_packed, unpack
 
 
@@ -313,3 +316,45 @@ def test_eval_refuses_impossible_bits_and_methods(run_dir, capsys):
             evaluated(capsys, run_dir, *argv)
         line = capsys.readouterr().err.splitlines()[-1]
         assert error.value.code == 2 and argv[-1].split(",")[-1] in line
+
+
+@pytest.mark.parametrize("json_too", [[], ["--json"]])
+def test_what_a_sweep_has_measured_is_on_the_screen_when_it_is_interrupted(
+        json_too, run_dir, capsys, monkeypatch):
+    losses = iter((5.0, 5.25))
+
+    def interrupted_third(*args, **kwargs):
+        loss = next(losses, None)
+        if loss is None:
+            raise KeyboardInterrupt
+        return torch.tensor(loss)
+
+    monkeypatch.setattr(evaluate_tool, "mean_loss", interrupted_third)
+    with pytest.raises(SystemExit) as error:
+        evaluated(capsys, run_dir, "--sweep", "--methods", "rtn", *json_too)
+    assert error.value.code == 130
+    out, err = capsys.readouterr()
+    shown = err if json_too else out
+    exact = float(re.search(r"loss +([\d.]+) nats", shown).group(1))
+    lines = re.findall(rf"(?m)^{run_dir.name} rtn (\S+): loss (\S+) \((\S+)\)$", shown)
+    assert [line[:2] for line in lines] == [("8-16-16", "5.0000"), ("7-16-16", "5.2500")]
+    assert float(lines[0][2]) == pytest.approx(5 - exact, abs=2e-4)
+    assert out == "" or not json_too
+
+
+@pytest.mark.parametrize("bits, given, refused", [
+    ("16-16-4", dict(format="mxfp4"), None),  # no block is cut: keys and values are integers
+    ("4-16-16", dict(format="mxfp4"), "mxfp4's block of 32 does not divide the 44 weights"),
+    ("16-4-16", dict(format="mxfp4"), "mxfp4's block of 32 does not divide the 44 weights"),
+    ("16-4-4", dict(group=3), None),
+    ("4-4-4", dict(group=3), "--w-group 3 does not divide the 44 weights"),
+])
+def test_widths_are_refused_only_where_something_would_cut_them(bits, given, refused):
+    model = Transformer(Config(n_layer=1, n_head=2, n_embd=44, vocab_size=96, n_ffn=100))
+    loaded, recipe = Loaded(Path("x"), model, {}, {}, 1), Recipe(bits, **given)
+    if refused is None:
+        evaluate_tool.calibrate(loaded, [recipe])
+        Q.quantize(model, recipe)(torch.zeros(1, 8, dtype=torch.long))
+    else:
+        with pytest.raises(ValueError, match=refused):
+            evaluate_tool.calibrate(loaded, [recipe])

@@ -226,7 +226,7 @@ def measure_target(loaded: Loaded, dataset, tasks: list, recipes: list[Recipe], 
     if recipes and (quantizing(opt) or math.isfinite(row["val_loss"])):
         row["format"] = recipes[0].format
         row["quantized"] = measure_quantized(loaded, dataset, opt.batch_size, row.get("val_loss"),
-                                             recipes, calibrations, tasks)
+                                             recipes, calibrations, tasks, out)
     return row
 
 
@@ -255,10 +255,11 @@ def calibrate(loaded: Loaded, recipes: list[Recipe], file=None) -> dict:
         raise ValueError(f"{loaded.path} is quantized already: start from the model that was "
                          "trained")
     for recipe in recipes:
-        group, name = recipe.group, "--w-group"
+        group, name, cuts = recipe.group, "--w-group", recipe.w < 16
         if recipe.format != "int":
             group, name = BLOCK[recipe.format], f"{recipe.format}'s block of"
-        for linear in linears(loaded.model).values() if group else ():
+            cuts = min(recipe.w, recipe.a) < 16
+        for linear in linears(loaded.model).values() if group and cuts else ():
             if linear.in_features % group:
                 raise ValueError(f"{name} {group} does not divide the {linear.in_features} weights "
                                  "of a row")
@@ -270,9 +271,10 @@ def calibrate(loaded: Loaded, recipes: list[Recipe], file=None) -> dict:
 
 
 def measure_quantized(loaded: Loaded, dataset, batch_size, exact_loss, recipes: list[Recipe],
-                      calibrations: dict, tasks=()) -> dict:
+                      calibrations: dict, tasks=(), out=None) -> dict:
     """Bits -> method -> what is measured of the quantized model: on `dataset`, unless that is None,
-    its loss, and how much more that is than `exact_loss`; its scores on `tasks`."""
+    its loss, and how much more that is than `exact_loss`; its scores on `tasks`. Each is written to
+    the file `out`, if there is one, as soon as it is known."""
     results = {}
     for recipe in tqdm(recipes, f"quantize {loaded.name}", leave=False, disable=None):
         model = quantize(loaded.model, recipe, calibrations.get(recipe))
@@ -282,6 +284,9 @@ def measure_quantized(loaded: Loaded, dataset, batch_size, exact_loss, recipes: 
             result |= dict(val_loss=loss, perplexity=perplexity(loss), added=loss - exact_loss)
         if tasks:
             result |= measure_tasks(loaded, model, tasks, batch_size)
+        if out:
+            tqdm.write(f"{loaded.name} {recipe}: {in_short(result)}", out)
+            out.flush()
         results.setdefault(recipe.bits, {})[recipe.method] = result
     return results
 
