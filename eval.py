@@ -10,7 +10,7 @@
     python eval.py runs/A runs/B --plot DIR     figures (needs matplotlib)
 
 Excess kurtosis (eq. 4) asks how far a token's D activations are from a Gaussian:
-E[((x - mean) / std)^4] - 3. It is about 0 for Gaussian values. It is about D - 3 if one channel
+E[((x - mean) / std)^4] - 3. It is about 0 for Gaussian values. It is about D - 5 if one channel
 holds everything: the outliers that 4 bits cannot afford. We take it over the channels of one token,
 centred, and average over all tokens of whole sequences. The headline is the mean over the states of
 the residual stream: the embedding's output and the output of every block.

@@ -202,8 +202,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def _initialize(self):
-        """N(0, 0.02), as in GPT-2. What writes to the residual stream starts smaller, so that the
-        stream does not grow with depth. (The paper gives an initialization only for EmbProj.)"""
+        """As in GPT-2: N(0, 0.02), and less for what writes to the residual stream, so that it does
+        not grow with depth. The paper gives only EmbProj's. Its code has 1/sqrt(inputs) for all."""
         for name, module in self.named_modules():
             if isinstance(module, EmbProj):
                 nn.init.orthogonal_(module.weight)

@@ -2,7 +2,7 @@
 
 Adam divides each entry of the gradient by that entry's own running size. This favours single
 channels, and outliers grow there. Muon treats a weight matrix as a whole. It replaces the momentum
-G = U S V^T by U V^T: all directions move equally, and no channel is special (sec. 3.1).
+G = U S V^T by about U V^T: all directions move alike, and no channel is special (sec. 3.1).
 
 Glossary: name here, symbol in the paper or its code, meaning
     newton_schulz   eq. 2            the approximate map G = U S V^T -> U V^T

@@ -202,7 +202,8 @@ def inverse_factor(H):
 
 
 def gptq(W, H, scale, recipe: Recipe, block: int = 128):
-    """Codes [out, in] of a weight [out, in] that fit best for the inputs behind H [in, in].
+    """Codes [out, in] of a weight [out, in] that fit best for the inputs behind H [in, in]. The
+    scales, those of groups too, are fixed before any column is rounded ("static groups").
 
     Columns are rounded from left to right. The error of each, in units of U_jj, is spread over all
     columns after it: at once within a block, and right of it in one product, to move less memory.

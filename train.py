@@ -8,7 +8,7 @@
     torchrun --nproc-per-node 8 train.py --osp --preset 1.4b --data DIR --vocab-size 50304
     python train.py --osp --preset 1.4b --bench   measure how fast this machine trains
 
-A run is a directory: config.json (options), log.jsonl (one JSON object per line), ckpt.pt.
+A run is a directory: config.json (options), log.jsonl (an object a line), ckpt.pt, summary.json.
 
 Read it top to bottom: presets, options, schedule, model, backward, the loop, default options.
 The machinery is in nanoosp/: the run's directory, ranks, signals.
@@ -60,11 +60,11 @@ class Options(RunOptions):
     preset: str = option(None, "shape and schedule (default: toy on CUDA, else tiny)",
                          choices=list(PRESETS), group="the model and its text")
     data: str = option(None, "output of data/prepare.py or corpus.py, or a folder of llm.c or "
-                       "nanoGPT .bin files (default: shakespeare)", may_change=True)
+                       "nanoGPT .bin files (tiny, toy: shakespeare)", may_change=True)
     n_layer: int = option(None, "blocks, instead of the preset's", high=1000)
     n_head: int = option(None, "attention heads, instead of the preset's")
     n_embd: int = option(None, "channels of the residual stream, instead of the preset's")
-    vocab_size: int = option(None, "rows of embedding and head (default: ids, rounded up to 64s)")
+    vocab_size: int = option(None, "rows of embedding and head (default: ids, in 64s; 1.4b 49152)")
     seq_len: int = option(None, "tokens per sequence", low=2)
 
     steps: int = option(None, "optimizer steps in all", may_change=True, group="the optimization")

@@ -1,4 +1,5 @@
-"""A run and its directory: config.json (the options), log.jsonl (a JSON object a line), ckpt.pt.
+"""A run and its directory: config.json (the options), log.jsonl (a JSON object a line), ckpt.pt. When it is done,
+tools/compare.py adds summary.json.
 
 Options that the run remembers are all but those marked `launch=True` in their field. Those marked
 `may_change=True` may differ when the run is resumed.
