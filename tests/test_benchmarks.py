@@ -325,7 +325,7 @@ def test_the_model_continues_each_prompt_as_it_would_alone(model):
     watched = model.at_embed.register_forward_hook(lambda m, i, x: seen.append(tuple(x.shape[:2])))
     got = write_answers(model, BYTES, texts, task([], max_new=6), **HOW)
     watched.remove()
-    want = [finished_text(BYTES, greedy(model, ids, 6)[len(ids) :], [])[0] for ids in texts]
+    want = [finished_text(BYTES, greedy(model, ids, 6)[len(ids) :], [], [0])[0] for ids in texts]
     assert got == want and len(set(got)) > 1
     assert (3, 3) in seen and (3, 1) in seen  # equal lengths together, then one token at a time
 
@@ -337,6 +337,8 @@ def test_writing_ends_at_a_stop_string_the_end_of_text_or_max_new():
     assert write_answers(model, BYTES, [[97]], ask, **HOW) == ["bcdef"]
     assert len(steps) == len("bcdefgh")
     assert write_answers(Chain.writing("abcdef\0ghijkl"), BYTES, [[97]], ask, **HOW) == ["bcdef"]
+    for ends, text in ((list(b"ed"), "bc"), (list(b"z"), "bcdef"), ([], "bcdef")):
+        assert write_answers(model, BYTES, [[97]], ask, **HOW, end_ids=ends) == [text]
     ask.max_new = 3
     assert write_answers(Chain.writing("abcdefghijkl"), BYTES, [[97]], ask, **HOW) == ["bcd"]
     full = [[97] * 46]  # of seq_len 48

@@ -521,6 +521,61 @@ def test_eval_and_quantize_take_a_hugging_face_directory(tmp_path, capsys):
     assert row["quantized"]["4-4-4"]["had"]["added"] != 0
 
 
+def name_ends(directory, config=None, generation=None, word=None, special=None):
+    """Say in each of a model's files which ids, or which token, end a text."""
+    change_config(directory, eos_token_id=config)
+    for file, key, value in [("generation_config.json", "eos_token_id", generation),
+                             ("tokenizer_config.json", "eos_token", word),
+                             ("special_tokens_map.json", "eos_token", special)]:
+        (directory / file).write_text(json.dumps({} if value is None else {key: value}))
+
+
+def test_writing_ends_where_any_file_of_the_model_says_so(tmp_path, capsys):
+    """Against generate() of transformers, which is told all the ids."""
+    m, argv = str(tmp_path / "m"), ["--json", "--device", "cpu"]
+    theirs, prompt = hf_model(m, initializer_range=0.3), list(b"abc")
+    letters = [i for i in greedy(theirs, prompt, 60) if 32 < i < 127]
+    a, b, c, d, *more = reversed(list(dict.fromkeys(letters))[:8])  # the last one comes first
+    assert len(more) == 4
+    cases = [(dict(config=a), [a]), (dict(config=[a, b, 300, -1]), [a, b]),
+             (dict(config=a, generation=b), [a, b]), (dict(generation=[a, c]), [a, c]),
+             (dict(config=a, generation=[a, b], word=chr(d)), [a, b, d]),
+             (dict(config=a, special={"content": chr(c), "special": True}), [a, c])]
+    for named, ids in cases:
+        name_ends(tmp_path / "m", **named)
+        options = dict(max_new_tokens=60, do_sample=False, eos_token_id=ids, pad_token_id=0)
+        *want, last = theirs.generate(torch.tensor([prompt]), **options)[0].tolist()
+        assert last in ids and len(want) < 60
+        text = tokenizer("bytes").decode(want)
+        writing = [m, "--prompt", "abc", "--tokens", "60", "--temperature", "0"]
+        evaluation.main([*writing, *argv])
+        assert json.loads(capsys.readouterr().out)[0]["text"] == text
+        evaluation.main([*writing, "--device", "cpu"])
+        out, err = capsys.readouterr()
+        assert out == text + "\n" and err.startswith(f"{len(want) - 3} tokens")
+        question = dict(type="gen", context="abc", answers=[text[3:]])
+        (tmp_path / "t.jsonl").write_text(json.dumps(question))
+        evaluation.main([m, "--tasks", str(tmp_path / "t.jsonl"), *argv])
+        assert json.loads(capsys.readouterr().out)[0]["tasks"]["t"]["acc"] == 1
+
+
+def test_without_a_named_end_the_separator_ends_a_text_and_a_bad_file_is_named(tmp_path):
+    hf_model(tmp_path / "m")
+    name_ends(tmp_path / "m")
+    loaded = load(tmp_path / "m")
+    assert loaded.end_ids == [separator(loaded.encoding)]
+    for content in ("[1]", "{", "[" * 100000):
+        (tmp_path / "m/generation_config.json").write_text(content)
+        with pytest.raises(ValueError, match="generation_config.json cannot be used"):
+            load(tmp_path / "m")
+
+
+def test_a_four_bit_file_remembers_where_text_ends(tmp_path):
+    hf_model(tmp_path / "m", eos_token_id=[7, 5])
+    Q.main([str(tmp_path / "m"), "--method", "rtn", "--out", str(tmp_path / "q.pt"), "--device", "cpu"])
+    assert load(tmp_path / "q.pt").end_ids == load(tmp_path / "m").end_ids == [5, 7]
+
+
 def test_a_model_without_data_of_its_own_asks_for_text(tmp_path):
     m = str(tmp_path / "m")
     hf_model(m)

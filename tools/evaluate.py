@@ -157,7 +157,8 @@ def load_target(path: Path, opt) -> Loaded:
 
 
 def write(loaded: Loaded, opt) -> dict:
-    """A row with the text that continues opt.prompt. Unless --json, it is printed as it comes."""
+    """A row with the text that continues opt.prompt, until it ends or has opt.tokens more. Unless
+    --json, it is printed as it comes."""
     if opt.dtype == "bfloat16":
         loaded.model.bfloat16()  # most of the time goes into reading weights
     encoding, prompt = loaded.encoding, encode_whole(loaded.encoding, opt.prompt).tolist()
@@ -165,15 +166,17 @@ def write(loaded: Loaded, opt) -> dict:
     n_printed, began = 0, time.perf_counter()
     for token in generate(loaded.model, prompt, opt.tokens, loaded.seq_len, opt.temperature,
                           opt.top_k, opt.seed, n_vocab=encoding.n_vocab):
+        if token in loaded.end_ids:
+            break
         ids.append(token)
         text = encoding.decode(ids)
         if not opt.json and not text.endswith("\ufffd"):  # half of a character: wait for the rest
             print(text[n_printed:], end="", flush=True)
             n_printed = len(text)
-    seconds = time.perf_counter() - began
+    seconds, n = time.perf_counter() - began, len(ids) - len(prompt)
     if not opt.json:
-        print(flush=True)
-        print(f"{opt.tokens} tokens at {opt.tokens / seconds:,.1f} tokens/s, peak memory "
+        print(encoding.decode(ids)[n_printed:], flush=True)
+        print(f"{n} tokens at {n / seconds:,.1f} tokens/s, peak memory "
               f"{peak_memory_gib(opt.device):.2f} GiB", file=sys.stderr)
     return dict(target=loaded.name, text=encoding.decode(ids))
 
@@ -246,7 +249,7 @@ def measure_tasks(loaded: Loaded, model, tasks: list, batch_size=None) -> dict:
     """Scores of `model`, which is loaded.model or a quantized copy of it."""
     seq_len = loaded.seq_len
     batch_size = batch_size or max(1, 4096 // seq_len)
-    return score_tasks(model, loaded.encoding, tasks, seq_len, batch_size)
+    return score_tasks(model, loaded.encoding, tasks, seq_len, batch_size, loaded.end_ids)
 
 
 def calibrate(loaded: Loaded, recipes: list[Recipe], file=None) -> dict:

@@ -5,11 +5,13 @@
 
 `python quantize.py TARGET --hf DIR` saves. Wherever a TARGET is asked for, such a DIR can be given.
 
-A directory holds config.json (the shape), model*.safetensors (the weights), tokenizer.json and
-tokenizer_config.json. The weights need no arithmetic: our RoPE turns the same pairs of channels as
-Hugging Face's, so tensors only change their names. What our model cannot be is refused by name.
+A directory holds config.json (the shape), model*.safetensors (the weights), tokenizer.json and what
+else goes with the model (CARRIED). The weights need no arithmetic: our RoPE turns the same pairs of
+channels as Hugging Face's, so tensors only change their names. What our model cannot be is refused
+by name.
 """
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -24,6 +26,8 @@ from tools.tokenizer_json import json_from_encoding
 
 PURPOSE = "a Hugging Face directory"
 SEQ_LEN = 2048  # to measure on, where a model from elsewhere can read longer texts
+CARRIED = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+           "chat_template.jinja", "additional_chat_templates/*.jinja", "generation_config.json"]
 
 TENSORS = [  # (ours, theirs), replaced in this order: "attn_norm.gain" ends in "norm.gain"
     ("embed.", "model.embed_tokens."),
@@ -93,19 +97,50 @@ def load_llama(directory, device="cpu"):
         raise FileNotFoundError(f"{directory} has no {TOKENIZER_JSON}, so its tokenizer is unknown")
     data = {"tokenizer": TOKENIZER_JSON, "tokenizer_json": read_text(directory / TOKENIZER_JSON)}
     try:
-        n_ids = tokenizer_of(data).n_vocab
+        encoding = tokenizer_of(data)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
-    if n_ids > config.vocab_size:
-        raise ValueError(f"{directory}: the tokenizer has {n_ids:,} ids, but the model has only "
-                         f"{config.vocab_size:,}")
-    for_saving = ("max_position_embeddings", "bos_token_id", "eos_token_id")
+    if encoding.n_vocab > config.vocab_size:
+        raise ValueError(f"{directory}: the tokenizer has {encoding.n_vocab:,} ids, but the model "
+                         f"has only {config.vocab_size:,}")
+    for_saving = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    carried = sorted(path for name in CARRIED for path in directory.glob(name))
     options = {
         "imported": directory.resolve().name,
         "seq_len": min(theirs.max_position_embeddings, SEQ_LEN),
         "hf_config": {name: getattr(theirs, name) for name in for_saving},
+        "hf_files": {path.relative_to(directory).as_posix(): read_text(path) for path in carried},
+        "end_ids": end_ids(directory, encoding, config.vocab_size),
     }
     return model.eval(), options, data
+
+
+def end_ids(directory: Path, encoding, vocab_size: int) -> list[int]:
+    """All ids that the files of a model name as the end of a text, or else its separator. Each file
+    may name its own: that of a document, or of a turn in a chat. Raises ValueError."""
+    named = []
+    for file in ("config.json", "generation_config.json"):
+        ids = read_object(directory / file).get("eos_token_id")
+        named += ids if isinstance(ids, list) else [ids]
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        word = read_object(directory / file).get("eos_token")
+        word = word.get("content") if isinstance(word, dict) else word
+        named += [encoding.inner.token_to_id(word)] if isinstance(word, str) else []
+    found = {i for i in named if type(i) is int and 0 <= i < vocab_size}
+    with contextlib.suppress(ValueError):  # some tokenizers have no separator either
+        found = found or {separator(encoding)}
+    return sorted(found)
+
+
+def read_object(path: Path) -> dict:
+    """The object in a JSON file, empty if there is no such file. Raises ValueError."""
+    try:
+        content = json.loads(read_text(path)) if path.is_file() else {}
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
+    return content
 
 
 def read_config(path: Path):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from data.dataset import TOKENIZER_JSON, Dataset, TextBlocks, find_dataset
-from data.tokenizer import (encode_document, encode_whole, has_borders, split_documents,
+from data.tokenizer import (encode_document, encode_whole, has_borders, separator, split_documents,
                             tokenizer_of)
 from model import Transformer
 from nanoosp.files import read_archive, read_text
@@ -52,6 +52,13 @@ class Loaded:
             return repr(self.encoding.decode([token]))
         except (ValueError, ImportError):
             return str(token)
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The ids that end a text: those that a model from elsewhere names, or what train.py puts
+        between documents."""
+        named = self.options.get("end_ids")
+        return [separator(self.encoding)] if named is None else named
 
     @property
     def seq_len(self) -> int:
@@ -145,6 +152,8 @@ def check_known(options: dict, data: dict, path):
         and options.get("optimizer", "adam") in OPTIMIZERS
         and isinstance(options.get("data", ""), str) and type(options.get("seed", 0)) is int
         and isinstance(data["tokenizer"], str)
+        and isinstance(options.get("end_ids", []), list)
+        and all(type(i) is int for i in options.get("end_ids", []))
     )
     if data["tokenizer"] == TOKENIZER_JSON:
         possible = possible and isinstance(data.get("tokenizer_json"), str)

@@ -56,8 +56,10 @@ class Task:
     source: str = ""  # for the reader
 
 
-def score_tasks(model, encoding, tasks: list[Task], seq_len: int, batch_size: int) -> dict:
-    """Scores on the tasks of read_tasks. A batch has at most batch_size * seq_len tokens.
+def score_tasks(model, encoding, tasks: list[Task], seq_len: int, batch_size: int,
+                end_ids=None) -> dict:
+    """Scores on the tasks of read_tasks. A batch has at most batch_size * seq_len tokens. Written
+    answers end with one of `end_ids`; None: with the encoding's separator.
 
     Batches and padding change no score. This holds for quantized models too, since they round
     every token by itself.
@@ -70,8 +72,10 @@ def score_tasks(model, encoding, tasks: list[Task], seq_len: int, batch_size: in
     """
     results, columns = {}, {}
     for task in tasks:
-        judge = judge_choices if task.questions[0]["type"] == "mc" else judge_writing
-        right = judge(model, encoding, task, seq_len, batch_size)
+        if task.questions[0]["type"] == "mc":
+            right = judge_choices(model, encoding, task, seq_len, batch_size)
+        else:
+            right = judge_writing(model, encoding, task, seq_len, batch_size, end_ids)
         n = len(task.questions)
         means = {name: sum(values) / n for name, values in right.items()}
         counted = right.get("acc_norm", right["acc"])
@@ -119,7 +123,7 @@ def likeliest(scores: list[float]) -> int:
     return scores.index(max(scores))
 
 
-def judge_writing(model, encoding, task: Task, seq_len: int, batch_size: int) -> dict[str, list]:
+def judge_writing(model, encoding, task: Task, seq_len: int, batch_size: int, end_ids=None) -> dict:
     """For every question: does what the model writes match an answer?
 
     A prompt that leaves no room for max_new tokens is cut at the left, to half a window at least.
@@ -127,7 +131,7 @@ def judge_writing(model, encoding, task: Task, seq_len: int, batch_size: int) ->
     room = max(seq_len - task.max_new, seq_len // 2)
     ids = [encode_whole(encoding, text)[-room:].tolist() or [separator(encoding)]
            for text in prompts(task, encoding, room)]
-    texts = write_answers(model, encoding, ids, task, seq_len, batch_size)
+    texts = write_answers(model, encoding, ids, task, seq_len, batch_size, end_ids)
     return dict(acc=[is_right(text, question["answers"], task.match)
                      for text, question in zip(texts, task.questions)])
 
@@ -232,13 +236,15 @@ def batches(lengths: list[int], budget: int, equal=False) -> list[list[int]]:
 
 
 @torch.no_grad()
-def write_answers(model, encoding, prompts: list, task: Task, seq_len: int, batch_size: int):
+def write_answers(model, encoding, prompts: list, task: Task, seq_len: int, batch_size: int,
+                  end_ids=None) -> list[str]:
     """The texts that the model writes after `prompts` (lists of ids), always the likeliest token.
 
     Prompts of equal length share a batch, which then needs no padding. Short questions often do,
     long ones rarely. Raises ArithmeticError if the model's numbers are not finite.
     """
     device, texts = next(model.parameters()).device, [""] * len(prompts)
+    end_ids = [separator(encoding)] if end_ids is None else end_ids
     lengths = [len(ids) + task.max_new for ids in prompts]
     grouped = batches(lengths, batch_size * seq_len, equal=True)
     for batch in tqdm(grouped, task.task, leave=False, disable=None):
@@ -253,20 +259,20 @@ def write_answers(model, encoding, prompts: list, task: Task, seq_len: int, batc
             fresh = logits.argmax(dim=-1, keepdim=True)  # [B, 1]
             for ids, token in zip(written, fresh.flatten().tolist()):
                 ids.append(token)
-            if all(finished_text(encoding, ids, task.stop)[1] for ids in written):
+            if all(finished_text(encoding, ids, task.stop, end_ids)[1] for ids in written):
                 break
         for i, ids in zip(batch, written):
-            texts[i] = finished_text(encoding, ids, task.stop)[0]
+            texts[i] = finished_text(encoding, ids, task.stop, end_ids)[0]
     return texts
 
 
-def finished_text(encoding, ids: list[int], stop: list[str]) -> tuple[str, bool]:
-    """(the text of `ids` up to the end-of-text token or a stop string, whether one was found)."""
-    end = separator(encoding)
-    whole = text = encoding.decode(ids[: ids.index(end)] if end in ids else ids)
+def finished_text(encoding, ids: list[int], stop: list[str], end_ids) -> tuple[str, bool]:
+    """(the text of `ids` up to the first of `end_ids` or stop strings, whether one was found)."""
+    n = next((n for n, i in enumerate(ids) if i in end_ids), len(ids))
+    whole = text = encoding.decode(ids[:n])
     for word in stop:
         text = text.split(word)[0]
-    return text, end in ids or text != whole
+    return text, n < len(ids) or text != whole
 
 
 # --------------------------------------------------------------------------------------------------
