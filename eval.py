@@ -314,24 +314,26 @@ def at_four_bits(model, data, n_windows=None, batch_size=None, ranks=None) -> di
 
 @torch.no_grad()
 def generate(model, tokens, n, window, temperature=1.0, top_k=None, seed=0, use_cache=True,
-             n_vocab=None):
+             never=()):
     """Yield n tokens that continue `tokens`, a non-empty list of ids. The cache changes no result.
 
     window: most tokens the model may see; when it is full, the older half is forgotten.
     temperature: 0 takes the likeliest token. top_k: draw from the k likeliest only.
-    n_vocab: draw only ids below it, since a model may have more rows than its tokenizer has ids.
+    never: ids that are not drawn, such as a model's rows that its tokenizer has no tokens for.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
+    never = torch.tensor(never, dtype=torch.long, device=device)
     context, cache, unread = tokens[-window:], model.new_cache(), None
     for _ in range(n):
         if len(context) >= window:
             context, cache, unread = context[-max(1, window // 2) :], model.new_cache(), None
         inputs = context if unread is None or not use_cache else unread
         logits = model(torch.tensor([inputs], device=device), cache=cache if use_cache else None)
-        logits = logits[0, -1, :n_vocab]
+        logits = logits[0, -1]
         if not logits.isfinite().all():
             raise ArithmeticError("the logits are not finite: there is nothing to draw from")
+        logits[never] = -math.inf
         if top_k:
             logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -math.inf
         if temperature < 1e-30:  # dividing by it would overflow

@@ -16,6 +16,7 @@ behind the separator unless that is the same token. Its library gives the same i
 """
 
 import contextlib
+import functools
 import re
 from functools import cached_property
 from itertools import pairwise
@@ -153,6 +154,17 @@ def separator(encoding) -> int:
     if "<|endoftext|>" in encoding.special_tokens_set:
         return encoding.eot_token
     return encoding.encode_single_token(b"\0")
+
+
+@functools.lru_cache
+def without_token(encoding, n: int) -> list[int]:
+    """The ids below n that stand for no token: gaps in a vocabulary, and rows that pad a model."""
+    if isinstance(encoding, JsonTokenizer):
+        known = encoding.inner.get_vocab(with_added_tokens=True).values()
+    else:
+        words = [*encoding.token_byte_values(), *encoding.special_tokens_set]
+        known = map(encoding.encode_single_token, words)
+    return sorted(set(range(n)).difference(known))
 
 
 class JsonTokenizer:

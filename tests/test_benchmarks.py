@@ -16,7 +16,7 @@ from conftest import train_osp
 
 import eval as evaluation
 from data import benchmarks as data
-from data.tokenizer import JsonTokenizer, tokenizer
+from data.tokenizer import JsonTokenizer, tokenizer, without_token
 from model import Config, Transformer
 from quantize import Recipe, quantize
 from tools.loading import load
@@ -328,6 +328,20 @@ def test_the_model_continues_each_prompt_as_it_would_alone(model):
     want = [finished_text(BYTES, greedy(model, ids, 6)[len(ids) :], [], [0])[0] for ids in texts]
     assert got == want and len(set(got)) > 1
     assert (3, 3) in seen and (3, 1) in seen  # equal lengths together, then one token at a time
+
+
+def test_ids_without_a_token_are_never_written(merging):
+    """Gaps in a vocabulary and rows beyond it, where tiktoken itself raises KeyError."""
+    ranks = {bytes([i]): i for i in range(256)} | {b"ab": 300}
+    gaps = tiktoken.Encoding("gaps", pat_str=r"\w+", mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": 310})
+    assert without_token(gaps, 320) == [*range(256, 300), *range(301, 310), *range(311, 320)]
+    assert without_token(BYTES, 256) == [] and without_token(merging, 270) == [268, 269]
+    logits = torch.zeros(320, 320)
+    logits[:, 256:300], logits[:, 311:], logits[:, 301:310] = 9, 9, 9
+    logits[97, 98], logits[98, 300], logits[300, 99] = 1, 2, 3
+    ask = task([], max_new=3)
+    assert write_answers(Chain(logits), gaps, [[97]], ask, **HOW, end_ids=[99]) == ["bab"]
 
 
 def test_writing_ends_at_a_stop_string_the_end_of_text_or_max_new():

@@ -13,7 +13,7 @@ import eval as evaluation
 import quantize as Q
 import train
 from data.prepare import prepare
-from data.tokenizer import encode, separator, tokenizer, tokenizer_of
+from data.tokenizer import encode, separator, tokenizer, tokenizer_of, without_token
 from eval import generate
 from nanoosp.run import load_checkpoint
 from tools.huggingface import load_llama, save_llama
@@ -557,6 +557,28 @@ def test_writing_ends_where_any_file_of_the_model_says_so(tmp_path, capsys):
         (tmp_path / "t.jsonl").write_text(json.dumps(question))
         evaluation.main([m, "--tasks", str(tmp_path / "t.jsonl"), *argv])
         assert json.loads(capsys.readouterr().out)[0]["tasks"]["t"]["acc"] == 1
+
+
+def test_gaps_of_a_vocabulary_and_rows_beyond_it_are_never_drawn(tmp_path, capsys):
+    m = str(tmp_path / "m")
+    hf_model(m, vocab_size=300, initializer_range=0.3, eos_token_id=150)  # one of the gaps
+    path = tmp_path / "m/tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"]
+    content["model"]["vocab"] = {word: i for word, i in vocab.items() if i == 0 or 32 < i < 123}
+    path.write_text(json.dumps(content))
+    words = tokenizers.Tokenizer.from_file(str(path))
+    missing = [i for i in range(300) if words.id_to_token(i) is None]
+    assert 150 in missing and len(missing) == 300 - 91
+    loaded = load(m)
+    assert without_token(loaded.encoding, 300) == missing
+    drawn = list(generate(loaded.model, [97], 400, 100, temperature=5, never=missing))
+    assert not set(drawn) & set(missing) and len(set(drawn)) > 60
+    argv = [m, "--prompt", "a", "--tokens", "40", "--json", "--device", "cpu", "--temperature"]
+    for temperature in ("0", "5"):
+        evaluation.main([*argv, temperature])
+        text = json.loads(capsys.readouterr().out)[0]["text"]
+        assert len(text) == 41  # every step wrote a letter
 
 
 def test_without_a_named_end_the_separator_ends_a_text_and_a_bad_file_is_named(tmp_path):

@@ -123,7 +123,7 @@ import torch
 from tqdm import tqdm
 
 import eval as evaluation
-from data.tokenizer import beginning, encode_whole
+from data.tokenizer import beginning, encode_whole, without_token
 from eval import (
     attention_sinks,
     evaluate,
@@ -162,10 +162,11 @@ def write(loaded: Loaded, opt) -> dict:
     if opt.dtype == "bfloat16":
         loaded.model.bfloat16()  # most of the time goes into reading weights
     encoding, prompt = loaded.encoding, encode_whole(loaded.encoding, opt.prompt).tolist()
+    never = without_token(encoding, loaded.model.config.vocab_size)
     ids = prompt[len(beginning(encoding)) :]  # BOS is not shown
     n_printed, began = 0, time.perf_counter()
     for token in generate(loaded.model, prompt, opt.tokens, loaded.seq_len, opt.temperature,
-                          opt.top_k, opt.seed, n_vocab=encoding.n_vocab):
+                          opt.top_k, opt.seed, never=never):
         if token in loaded.end_ids:
             break
         ids.append(token)

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.tokenizer import encode_whole, separator
+from data.tokenizer import encode_whole, separator, without_token
 from model import hooked
 
 # --------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def write_answers(model, encoding, prompts: list, task: Task, seq_len: int, batc
             if not logits.isfinite().all():
                 raise ArithmeticError(f"{task.task}: the model's logits are not finite: "
                                       "there is nothing to write")
-            logits = logits[:, : encoding.n_vocab]  # V may be padded beyond the tokenizer's ids
+            logits[:, without_token(encoding, logits.shape[1])] = -math.inf
             fresh = logits.argmax(dim=-1, keepdim=True)  # [B, 1]
             for ids, token in zip(written, fresh.flatten().tolist()):
                 ids.append(token)
