@@ -317,23 +317,23 @@ def generate(model, tokens, n, window, temperature=1.0, top_k=None, seed=0, use_
              never=()):
     """Yield n tokens that continue `tokens`, a non-empty list of ids. The cache changes no result.
 
-    window: most tokens the model may see; when it is full, the older half is forgotten.
+    window: most tokens the model may see. When there are more, the oldest are forgotten: as many as
+        make room for those still to come, but at most half, since all others are then read again.
     temperature: 0 takes the likeliest token. top_k: draw from the k likeliest only.
     never: ids that are not drawn, such as a model's rows that its tokenizer has no tokens for.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    never = torch.tensor(never, dtype=torch.long, device=device)
-    context, cache, unread = tokens[-window:], model.new_cache(), None
-    for _ in range(n):
-        if len(context) >= window:
-            context, cache, unread = context[-max(1, window // 2) :], model.new_cache(), None
-        inputs = context if unread is None or not use_cache else unread
-        logits = model(torch.tensor([inputs], device=device), cache=cache if use_cache else None)
-        logits = logits[0, -1]
+    context, cache, unread = tokens, model.new_cache(), tokens
+    for still_to_come in range(n, 0, -1):
+        if len(context) > window:
+            kept = window - min(window // 2, still_to_come - 1)
+            context, cache, unread = context[-kept:], model.new_cache(), context[-kept:]
+        inputs = torch.tensor([unread if use_cache else context], device=device)
+        logits = model(inputs, cache=cache if use_cache else None)[0, -1]
         if not logits.isfinite().all():
             raise ArithmeticError("the logits are not finite: there is nothing to draw from")
-        logits[never] = -math.inf
+        logits[list(never)] = -math.inf
         if top_k:
             logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -math.inf
         if temperature < 1e-30:  # dividing by it would overflow

@@ -200,6 +200,12 @@ def test_what_exceeds_the_sequence_length_is_cut_at_the_left(model):
     for seq_len, same in ((11, True), (40, False)):
         got, want = (likelihoods(model, BYTES, pairs, seq_len=seq_len) for pairs in (long, short))
         assert (got == pytest.approx(want)) == same
+    questions = [mc("far away" + "x" * 8 + "ab", ["cd", "c"]), mc("x" * 8 + "ab", ["c", "cd"])]
+    for seq_len, cut in ((10, 2), (11, 1), (18, 1), (19, 0)):
+        result = score_tasks(model, BYTES, [task(questions)], seq_len=seq_len, batch_size=2)
+        assert result["tasks"]["t"]["cut"] == cut
+        said = f"longer than the model reads: {cut} of t" in describe_tasks("m", result)
+        assert said == (cut > 0)
     assert likelihoods(model, BYTES, [("a", "bcdefgh")], seq_len=3) == pytest.approx(
         likelihoods(model, BYTES, [("e", "fgh")], seq_len=3)
     )
@@ -384,7 +390,7 @@ def test_gen_tasks_are_scored_by_what_is_written():
     questions = [gen("x a", "bcd"), gen("y b", "BCD"), gen("c", "def", "cde")]
     ask = task(questions, max_new=9, stop=["e"])
     result = score_tasks(model, BYTES, [ask], **HOW)["tasks"]["t"]
-    assert result == dict(n=3, acc=1 / 3, score=1 / 3, stderr=pytest.approx((2 / 27) ** 0.5))
+    assert result == dict(n=3, acc=1 / 3, score=1 / 3, cut=0, stderr=pytest.approx((2 / 27) ** 0.5))
     ask = task([gen("", "x")], max_new=2)
     assert score_tasks(model, BYTES, [ask], **HOW)["tasks"]["t"]["acc"] == 0
 

@@ -299,6 +299,25 @@ def test_greedy_text_is_the_same_with_and_without_the_cache(run_dir):
         assert texts[0] == texts[1] and len(texts[0]) == 80
 
 
+@pytest.mark.parametrize("window, n", [(32, 5), (32, 80), (7, 30), (1, 4), (60, 20), (61, 1)])
+def test_a_full_window_forgets_no_more_than_it_must(run_dir, window, n):
+    """A short continuation of a long prompt reads all that leaves room for it; no text ever sees
+    less than half a window, or more than a whole one."""
+    model, prompt, seen = load(run_dir).model, list(b"abc def ghi " * 5), []
+    hook = model.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0].shape[1]))
+    written = list(generate(model, prompt, n, window, temperature=0, use_cache=False))
+    hook.remove()
+    assert seen[-1] <= max(seen) <= window and min(seen) >= window - window // 2
+    if len(prompt) + n - 1 <= window:
+        assert seen == list(range(len(prompt), len(prompt) + n))
+    elif len(prompt) > window and n - 1 <= window // 2:
+        assert seen == list(range(window - n + 1, window + 1))
+    ids = list(prompt)
+    for length, token in zip(seen, written):
+        assert int(model(torch.tensor([ids[-length:]]))[0, -1].argmax()) == token
+        ids.append(token)
+
+
 @pytest.mark.parametrize("n_kv_head", [1, 2])
 def test_cached_logits_equal_uncached_ones(n_kv_head):
     model, tokens = model_with(n_kv_head=n_kv_head), torch.randint(256, (2, 12))
@@ -344,6 +363,21 @@ def test_eval_continues_a_prompt(run_dir, capsys):
     assert out.startswith("abc") and len(out) == 3 + 20 + 1
     (written,) = json.loads(call(capsys, *argv, "--json"))
     assert written["text"] + "\n" == out
+
+
+def test_a_prompt_may_be_longer_than_the_model_reads_which_is_said_once(run_dir, capsys):
+    argv = [str(run_dir), "--temperature", "0", "--tokens", "8", "--prompt", "abc def " * 10]
+    texts = {}
+    for more in ([], ["--json"], ["--seq-len", "24"], ["--seq-len", "86"], ["--seq-len", "87"]):
+        evaluation.main([*argv, *more])
+        texts[" ".join(more)], err = capsys.readouterr()
+        said = "osp reads {} tokens at once: of 80 in the prompt and 8 written it forgot the oldest"
+        window = int(more[-1]) if "--seq-len" in more else 32
+        assert err.count("forgot") == (window < 87) and (window == 87 or said.format(window) in err)
+    prompt, model = list(b"abc def " * 10), load(run_dir).model
+    for more, window in (("", 32), ("--seq-len 24", 24)):
+        ids = generate(model, prompt, 8, window, temperature=0)
+        assert texts[more] == bytes([*prompt, *ids]).decode() + "\n"
 
 
 def test_eval_errors_are_one_line(run_dir, tmp_path, capsys, monkeypatch):

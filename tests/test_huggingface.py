@@ -594,8 +594,29 @@ def test_without_a_named_end_the_separator_ends_a_text_and_a_bad_file_is_named(t
 
 def test_a_four_bit_file_remembers_where_text_ends(tmp_path):
     hf_model(tmp_path / "m", eos_token_id=[7, 5])
-    Q.main([str(tmp_path / "m"), "--method", "rtn", "--out", str(tmp_path / "q.pt"), "--device", "cpu"])
+    argv = str(tmp_path / "m"), "--out", str(tmp_path / "q.pt"), "--device", "cpu"
+    Q.main([*argv, "--method", "rtn"])
     assert load(tmp_path / "q.pt").end_ids == load(tmp_path / "m").end_ids == [5, 7]
+
+
+def test_a_prompt_has_the_length_that_the_model_itself_names(tmp_path, capsys):
+    m = str(tmp_path / "m")
+    theirs = hf_model(m, max_position_embeddings=3000, num_hidden_layers=1, eos_token_id=0)
+    prompt = "".join(random.Random(3).choices("abcdefg ", k=2500))
+    argv = [m, "--prompt", prompt, "--tokens", "20", "--temperature", "0", "--device", "cpu"]
+    evaluation.main([*argv, "--json"])
+    out, err = capsys.readouterr()
+    want = greedy(theirs, list(prompt.encode()), 20)
+    assert json.loads(out)[0]["text"] == prompt + tokenizer("bytes").decode(want)
+    assert "forgot" not in err and load(m).seq_len == 2048  # to measure on
+    evaluation.main([*argv, "--seq-len", "2500"])
+    assert "m reads 2,500 tokens at once: of 2,500" in capsys.readouterr().err
+    question = json.dumps(dict(type="gen", context=prompt, answers=["x"]))
+    (tmp_path / "t.jsonl").write_text(question)
+    for more, cut in ([], 1), (["--seq-len", "3000"], 0):
+        tasks = ["--tasks", str(tmp_path / "t.jsonl"), "--json", "--device", "cpu"]
+        evaluation.main([m, *tasks, *more])
+        assert json.loads(capsys.readouterr().out)[0]["tasks"]["t"]["cut"] == cut
 
 
 def test_a_model_without_data_of_its_own_asks_for_text(tmp_path):

@@ -24,8 +24,10 @@ class Options(RecipeOptions):
     tasks: Path = option(None, "score on these task files, or folders of them, made by python "
                          "data/benchmarks.py; no text is measured then, unless --text names one",
                          many=True, metavar="PATH")
-    seq_len: int = option(None, "with --text: tokens a block (default: the length the model was "
-                          "trained on)", low=3)
+    seq_len: int = option(None, "tokens that the model reads at once: a block of --text, a "
+                          "question of --tasks, a --prompt with what follows (default: the length "
+                          "it was trained on; of a Hugging Face model its own, at most "
+                          "2,048 but for --prompt)", low=3)
     as_published: bool = option(False, "also the kurtosis of the paper's script (tokens without "
                                 "context)")
     batch_size: int = option(None, "sequences at once; changes speed and memory, not results")
@@ -83,8 +85,9 @@ def check(opt) -> list[Recipe]:
     for name in ("text", "tasks", "as_published", "plot", *quantizing(opt)):
         if opt.prompt is not None and getattr(opt, name):
             fail(f"--prompt writes instead of measuring: leave out {flag(name)}")
-    if opt.seq_len and not opt.text:
-        fail("--seq-len goes with --text; a run's own validation text is cut as in its training")
+    if opt.seq_len and not (opt.text or opt.tasks or opt.prompt is not None):
+        fail("--seq-len goes with --text, --tasks or --prompt; a run's own validation text is cut "
+             "as in its training")
     if opt.tasks and not opt.text and (opt.plot or opt.as_published):
         fail("--tasks measures no text: with --plot or --as-published, name one with --text")
     if opt.sweep and opt.bits:
@@ -163,10 +166,11 @@ def write(loaded: Loaded, opt) -> dict:
         loaded.model.bfloat16()  # most of the time goes into reading weights
     encoding, prompt = loaded.encoding, encode_whole(loaded.encoding, opt.prompt).tolist()
     never = without_token(encoding, loaded.model.config.vocab_size)
+    window = opt.seq_len or loaded.window
     ids = prompt[len(beginning(encoding)) :]  # BOS is not shown
-    n_printed, began = 0, time.perf_counter()
-    for token in generate(loaded.model, prompt, opt.tokens, loaded.seq_len, opt.temperature,
-                          opt.top_k, opt.seed, never=never):
+    n_shown, n_printed, began = len(ids), 0, time.perf_counter()
+    for token in generate(loaded.model, prompt, opt.tokens, window, opt.temperature, opt.top_k,
+                          opt.seed, never=never):
         if token in loaded.end_ids:
             break
         ids.append(token)
@@ -174,11 +178,14 @@ def write(loaded: Loaded, opt) -> dict:
         if not opt.json and not text.endswith("\ufffd"):  # half of a character: wait for the rest
             print(text[n_printed:], end="", flush=True)
             n_printed = len(text)
-    seconds, n = time.perf_counter() - began, len(ids) - len(prompt)
+    seconds, n = time.perf_counter() - began, len(ids) - n_shown
     if not opt.json:
         print(encoding.decode(ids)[n_printed:], flush=True)
         print(f"{n} tokens at {n / seconds:,.1f} tokens/s, peak memory "
               f"{peak_memory_gib(opt.device):.2f} GiB", file=sys.stderr)
+    if len(prompt) + n - (n == opt.tokens) > window:  # the last of all is not read
+        print(f"{loaded.name} reads {window:,} tokens at once: of {len(prompt):,} in the prompt "
+              f"and {n:,} written it forgot the oldest", file=sys.stderr)
     return dict(target=loaded.name, text=encoding.decode(ids))
 
 
@@ -224,13 +231,13 @@ def measure_target(loaded: Loaded, dataset, tasks: list, recipes: list[Recipe], 
         row = measure(loaded, dataset, opt.batch_size, opt.as_published)
         print(describe(loaded, row), end="\n\n", file=out, flush=True)
     if tasks:
-        row |= measure_tasks(loaded, loaded.model, tasks, opt.batch_size)
+        row |= measure_tasks(loaded, loaded.model, tasks, opt.batch_size, opt.seq_len)
         title = f"{loaded.name} ({loaded.label})"
         print(describe_tasks(title, row), end="\n\n", file=out, flush=True)
     if recipes and (quantizing(opt) or math.isfinite(row["val_loss"])):
         row["format"] = recipes[0].format
         row["quantized"] = measure_quantized(loaded, dataset, opt.batch_size, row.get("val_loss"),
-                                             recipes, calibrations, tasks, out)
+                                             recipes, calibrations, tasks, opt.seq_len, out)
     return row
 
 
@@ -246,9 +253,9 @@ def measure(loaded: Loaded, dataset, batch_size=None, as_published=False) -> dic
     return dict(target=loaded.name, label=loaded.label, **result, sinks=sinks)
 
 
-def measure_tasks(loaded: Loaded, model, tasks: list, batch_size=None) -> dict:
+def measure_tasks(loaded: Loaded, model, tasks: list, batch_size=None, seq_len=None) -> dict:
     """Scores of `model`, which is loaded.model or a quantized copy of it."""
-    seq_len = loaded.seq_len
+    seq_len = seq_len or loaded.seq_len
     batch_size = batch_size or max(1, 4096 // seq_len)
     return score_tasks(model, loaded.encoding, tasks, seq_len, batch_size, loaded.end_ids)
 
@@ -275,7 +282,7 @@ def calibrate(loaded: Loaded, recipes: list[Recipe], file=None) -> dict:
 
 
 def measure_quantized(loaded: Loaded, dataset, batch_size, exact_loss, recipes: list[Recipe],
-                      calibrations: dict, tasks=(), out=None) -> dict:
+                      calibrations: dict, tasks=(), seq_len=None, out=None) -> dict:
     """Bits -> method -> what is measured of the quantized model: on `dataset`, unless that is None,
     its loss, and how much more that is than `exact_loss`; its scores on `tasks`. Each is written to
     the file `out`, if there is one, as soon as it is known."""
@@ -287,7 +294,7 @@ def measure_quantized(loaded: Loaded, dataset, batch_size, exact_loss, recipes: 
             loss = mean_loss(model, dataset, batch_size=batch_size, progress=True).item()
             result |= dict(val_loss=loss, perplexity=perplexity(loss), added=loss - exact_loss)
         if tasks:
-            result |= measure_tasks(loaded, model, tasks, batch_size)
+            result |= measure_tasks(loaded, model, tasks, batch_size, seq_len)
         if out:
             tqdm.write(f"{loaded.name} {recipe}: {in_short(result)}", out)
             out.flush()

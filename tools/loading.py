@@ -62,7 +62,13 @@ class Loaded:
 
     @property
     def seq_len(self) -> int:
+        """Tokens in a sequence to measure on."""
         return self.options["seq_len"]
+
+    @property
+    def window(self) -> int:
+        """Most tokens that it can read at once. Of a model from elsewhere this may be more."""
+        return self.options.get("hf_config", {}).get("max_position_embeddings", self.seq_len)
 
     def dataset(self, split: str = "val") -> Dataset:
         """The data it was trained on. Raises ValueError for a model from elsewhere, and for other

@@ -76,7 +76,7 @@ def site_table(sites: dict) -> str:
 
 
 def describe_tasks(name: str, row: dict) -> str:
-    """Scores in percent, a line for each task."""
+    """Scores in percent, a line for each task, and how many questions were too long."""
     lines = []
     for task, result in row["tasks"].items():
         norm = percent(result["acc_norm"]) if "acc_norm" in result else ""
@@ -85,7 +85,10 @@ def describe_tasks(name: str, row: dict) -> str:
     average = f"average of {len(row['benchmarks'])}"
     lines.append([average, "", "", "", percent(row["average"]), ""])
     head = ["task", "questions", "acc", "acc_norm", "score", "+-"]
-    return f"{name}\n" + indent(table(head, lines), "  ")
+    text = table(head, lines)
+    if cut := [f"{r['cut']:,} of {task}" for task, r in row["tasks"].items() if r["cut"]]:
+        text += f"\ncut at the left, being longer than the model reads: {', '.join(cut)}"
+    return f"{name}\n" + indent(text, "  ")
 
 
 def percent(share: float) -> str:

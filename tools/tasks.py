@@ -66,7 +66,8 @@ def score_tasks(model, encoding, tasks: list[Task], seq_len: int, batch_size: in
 
     Returns:
         tasks: for each name n, acc, acc_norm (mc only), score (acc_norm for mc, acc for gen), its
-            stderr, and `groups`, the score of each group, if there are several.
+            stderr, `cut`, how many questions were longer than seq_len, and `groups`, the score of
+            each group, if there are several.
         benchmarks: for each name the mean score of its tasks.
         average: the mean over benchmarks.
     """
@@ -76,14 +77,15 @@ def score_tasks(model, encoding, tasks: list[Task], seq_len: int, batch_size: in
             right = judge_choices(model, encoding, task, seq_len, batch_size)
         else:
             right = judge_writing(model, encoding, task, seq_len, batch_size, end_ids)
-        n = len(task.questions)
+        n, cut = len(task.questions), sum(right.pop("cut"))
         means = {name: sum(values) / n for name, values in right.items()}
         counted = right.get("acc_norm", right["acc"])
         score = sum(counted) / n
         grouped = {}
         for question, value in zip(task.questions, counted):
             grouped.setdefault(str(question.get("group", "")), []).append(value)
-        result = dict(n=n, **means, score=score, stderr=math.sqrt(score * (1 - score) / n))
+        stderr = math.sqrt(score * (1 - score) / n)
+        result = dict(n=n, **means, score=score, stderr=stderr, cut=cut)
         if len(grouped) > 1:
             result["groups"] = {name: sum(v) / len(v) for name, v in grouped.items()}
         results[task.task] = result
@@ -93,21 +95,23 @@ def score_tasks(model, encoding, tasks: list[Task], seq_len: int, batch_size: in
 
 
 def judge_choices(model, encoding, task: Task, seq_len: int, batch_size: int) -> dict[str, list]:
-    """For every question: is the likeliest choice the right one?
+    """For every question: is the likeliest choice the right one, and was it cut at the left?
 
     acc compares log p of the choices. acc_norm compares log p per character, so that long choices
     are not punished for their length; one leading blank does not count.
     Raises ValueError for a choice longer than seq_len: the part cut off would cost nothing.
     """
-    pairs = []
+    pairs, cut = [], []
     contexts = prompts(task, encoding, room=seq_len)
     for number, (context, question) in enumerate(zip(contexts, task.questions), 1):
+        cut.append(False)
         for choice in question["choices"]:
             ids, n = encode_pair(encoding, context, choice)
             if n > seq_len:
                 raise ValueError(f"task {task.task}, question {number}: a choice of {n:,} tokens "
                                  f"is longer than the window of {seq_len:,}")
             pairs.append((ids, n))
+            cut[-1] |= len(ids) > seq_len + 1  # as log_likelihoods() does: the last is not read
     sums = iter(log_likelihoods(model, pairs, seq_len, batch_size, label=task.task))
     acc, acc_norm = [], []
     for question in task.questions:
@@ -115,7 +119,7 @@ def judge_choices(model, encoding, task: Task, seq_len: int, batch_size: int) ->
         lengths = [max(1, len(choice.removeprefix(" "))) for choice in question["choices"]]
         acc.append(likeliest(log_p) == question["gold"])
         acc_norm.append(likeliest([p / n for p, n in zip(log_p, lengths)]) == question["gold"])
-    return dict(acc=acc, acc_norm=acc_norm)
+    return dict(acc=acc, acc_norm=acc_norm, cut=cut)
 
 
 def likeliest(scores: list[float]) -> int:
@@ -124,16 +128,17 @@ def likeliest(scores: list[float]) -> int:
 
 
 def judge_writing(model, encoding, task: Task, seq_len: int, batch_size: int, end_ids=None) -> dict:
-    """For every question: does what the model writes match an answer?
+    """For every question: does what the model writes match an answer, and was it cut at the left?
 
     A prompt that leaves no room for max_new tokens is cut at the left, to half a window at least.
     """
     room = max(seq_len - task.max_new, seq_len // 2)
-    ids = [encode_whole(encoding, text)[-room:].tolist() or [separator(encoding)]
-           for text in prompts(task, encoding, room)]
+    ids = [encode_whole(encoding, text).tolist() for text in prompts(task, encoding, room)]
+    cut = [len(prompt) > room for prompt in ids]
+    ids = [prompt[-room:] or [separator(encoding)] for prompt in ids]
     texts = write_answers(model, encoding, ids, task, seq_len, batch_size, end_ids)
-    return dict(acc=[is_right(text, question["answers"], task.match)
-                     for text, question in zip(texts, task.questions)])
+    return dict(cut=cut, acc=[is_right(text, question["answers"], task.match)
+                              for text, question in zip(texts, task.questions)])
 
 
 def is_right(text: str, answers: list[str], match: str) -> bool:
