@@ -31,6 +31,9 @@ from nanoosp.files import read_text, require
 # What ends a document for GPT-2, Llama 3, Llama 2, Gemma and DeepSeek
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>",
               "<\uff5cend\u2581of\u2581sentence\uff5c>")
+# "bytes" in a tokenizer.json, as tools/tokenizer_json.py writes it
+BYTE_WORDS = {f"<0x{byte:02X}>": byte for byte in range(256) if byte not in (0, 32)}
+BYTE_WORDS |= {"<|endoftext|>": 0, "\u2581": 32}
 
 
 def tokenizer(name: str):
@@ -49,7 +52,7 @@ def tokenizer(name: str):
         if not Path(name).exists():
             raise ValueError(f"unknown tokenizer {name!r}: use one of bytes, {', '.join(names)}, "
                              f"or the path of a {TOKENIZER_JSON}")
-        return JsonTokenizer(read_tokenizer_json(name), name)
+        return tokenizer_from_json(read_tokenizer_json(name), name)
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # it downloads its table on first use, with many kinds of errors
@@ -75,10 +78,18 @@ def tokenizer_of(meta: dict):
     """The encoding of a dataset, or of a model trained on it, from what read_meta returns."""
     if meta["tokenizer"] != TOKENIZER_JSON:
         return tokenizer(meta["tokenizer"])
-    encoding = JsonTokenizer(meta["tokenizer_json"])
+    encoding = tokenizer_from_json(meta["tokenizer_json"])
     if "source" in meta and not meta.get("beginning"):
         encoding.beginning = []  # a dataset of before this was put into them
     return encoding
+
+
+def tokenizer_from_json(text: str, source=TOKENIZER_JSON):
+    """The encoding in a tokenizer.json. That of BYTE_WORDS is "bytes" again. Raises what
+    JsonTokenizer does."""
+    encoding = JsonTokenizer(text, source)
+    is_bytes = encoding.inner.get_vocab(with_added_tokens=True) == BYTE_WORDS
+    return tokenizer("bytes") if is_bytes else encoding
 
 
 def read_tokenizer_json(path) -> str:

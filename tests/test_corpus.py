@@ -23,7 +23,6 @@ import pytest
 import tiktoken
 
 from data import corpus, sources
-from tools.tokenizer_json import json_from_encoding
 from data.prepare import split_text
 from data.dataset import Dataset, open_shard
 from data.tokenizer import tokenizer
@@ -247,13 +246,19 @@ def test_a_text_that_is_too_much_for_tiktokens_regex_is_encoded_all_the_same(bpe
 
 
 def test_a_tokenizer_file_is_kept_with_the_data(tmp_path, fails):
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())  # GPT-2's, one for each byte
+    bpe = tokenizers.models.BPE({letter: i for i, letter in enumerate(letters)}, [])
+    theirs = tokenizers.Tokenizer(bpe)
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    text = theirs.to_str()
     (tmp_path / "tok").mkdir()
-    text = json_from_encoding(tokenizer("bytes"))  # as Hugging Face would have it
-    (tmp_path / "tok/tokenizer.json").write_text(text)
+    (tmp_path / "tok/tokenizer.json").write_text(text, encoding="utf-8")
     write_text(tmp_path / "a.txt", made_up(20))
     for name, tok in (("out", str(tmp_path / "tok")), ("bytes", "bytes")):
         run("--text", tmp_path / "a.txt", "--out", tmp_path / name, "--val-every", 5, tok=tok)
-    assert (tmp_path / "out/tokenizer.json").read_text() == text
+    assert (tmp_path / "out/tokenizer.json").read_text(encoding="utf-8") == text
     assert json.loads((tmp_path / "out/meta.json").read_text())["tokenizer"] == "tokenizer.json"
     ours, expected = (open_shard(tmp_path / name / "train_000000.bin") for name in ("out", "bytes"))
     encoding = tokenizer(str(tmp_path / "out/tokenizer.json"))  # its ids are in another order

@@ -75,14 +75,49 @@ def same_ids(ours, theirs, texts):
                for text in texts)
 
 
+def texts_of_bytes():
+    """All bytes but 0 that UTF-8 has, emoji, and random bytes that happen to be UTF-8."""
+    rng = random.Random(0)
+    yield from ("", " ", "  a  b\n\t", "Zoë — 1", "🙂👩‍👩‍👧 \U0010ffff", "<0x41> <0x00> <|endoftext")
+    yield "".join(map(chr, [*range(1, 0x2581), *range(0x2582, 0xD800), *range(0x1F000, 0x1F700)]))
+    for _ in range(300):
+        text = bytes(rng.choices(range(1, 256), k=200)).decode("utf-8", "ignore")
+        assert len(text) > 50
+        yield text.replace("\u2581", "")
+    yield from (text.replace("\0", "") for text in TEXTS)
+
+
 def test_bytes_can_be_written_as_a_tokenizer_json():
     text = json_from_encoding(tokenizer("bytes"))
     theirs = tokenizers.Tokenizer.from_str(text)
+    for sample in texts_of_bytes():
+        ids = theirs.encode(sample).ids
+        assert ids == list(sample.encode()) and theirs.decode(ids) == sample
+    lower_block = theirs.encode("\u2581").ids  # the one letter that is lost, as llama.cpp loses it
+    assert lower_block == [32]
+
+
+def test_what_converters_of_llamas_ask_of_a_tokenizer_json_is_there():
+    """llama.cpp: BPE with byte_fallback, a decoder of type Sequence, the bytes spelled <0x0A>, a
+    blank spelled as U+2581, and a token for every id."""
+    content = json.loads(json_from_encoding(tokenizer("bytes")))
+    model, special = content["model"], content["added_tokens"]
+    assert model["type"] == "BPE" and model["byte_fallback"] and not model["merges"]
+    assert not model["ignore_merges"] and content["decoder"]["type"] == "Sequence"
+    words = {i: word for word, i in model["vocab"].items()}
+    assert words == {0: "<|endoftext|>", 32: "\u2581"} | {
+        i: f"<0x{i:02X}>" for i in range(1, 256) if i != 32}
+    assert [(token["id"], token["special"]) for token in special] == [(0, True)]
+
+
+def test_our_own_reader_takes_that_form_for_bytes_without_any_loss():
+    text = json_from_encoding(tokenizer("bytes"))
     again = tokenizer_of({"tokenizer": "tokenizer.json", "tokenizer_json": text})
-    sample = ["a\0bÿĀ", "Zoë — 1", *TEXTS]
-    for ours in (tokenizer("bytes"), again):
-        assert same_ids(ours, theirs, sample)
-    assert separator(again) == 0 and theirs.decode(list("Zoë — 1".encode())) == "Zoë — 1"
+    assert separator(again) == 0 and again.n_vocab == 256
+    everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x10000)]))
+    for sample in [everything, "a\0bÿĀ", "\u2581\u2581", *TEXTS, *texts_of_bytes()]:
+        ids = encode(again, sample).tolist()
+        assert ids == list(sample.encode()) and again.decode(ids) == sample
 
 
 def test_merges_are_found_again_from_ids_alone():
@@ -377,9 +412,9 @@ def test_an_exported_run_is_the_same_model_in_transformers(name, runs, tmp_path)
     assert theirs.config.eos_token_id == separator(run.encoding)
     assert same_logits(run.model, theirs)
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
-    assert their_tokenizer.eos_token == ("<|endoftext|>" if name == "json" else None)
+    assert their_tokenizer.eos_token == their_tokenizer.pad_token == "<|endoftext|>"
     for text in TEXTS:
-        if "<|endoftext|>" not in text:
+        if "<|endoftext|>" not in text and "\0" not in text:
             ids = encode(run.encoding, text).tolist()
             assert their_tokenizer(text, add_special_tokens=False)["input_ids"] == ids
             assert their_tokenizer.decode(ids) == run.encoding.decode(ids)
@@ -427,6 +462,107 @@ def test_what_comes_in_goes_out_with_the_same_tensors(changes, tmp_path):
 def save_llama_to(directory, loaded, **options):
     model, run_options, data = loaded
     save_llama(model, directory, run_options, data, **options)
+
+
+CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<pad>{% endfor %}"
+
+
+def chat_model(directory, chat_in_config=False, **changes):
+    """A random model, with all that goes with a chat model, saved by transformers. Its tokenizer
+    puts a token before a text and another one behind it."""
+    inner = trained_tokenizer(digits=True)
+    inner.add_special_tokens(["<|im_end|>", "<pad>"])
+    ends = [(word, inner.token_to_id(word)) for word in ("<|im_start|>", "<|im_end|>")]
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", pair=None, special_tokens=ends)
+    shape = dict(vocab_size=inner.get_vocab_size(), bos_token_id=ends[0][1], pad_token_id=5)
+    theirs = hf_model(directory, **dict(shape, eos_token_id=[ends[1][1], 0]) | changes)
+    theirs.generation_config.update(temperature=0.3, top_k=7, do_sample=True)
+    theirs.generation_config.save_pretrained(directory)
+    named = dict(bos_token="<|im_start|>", eos_token="<|im_end|>", unk_token="<|endoftext|>",
+                 pad_token="<pad>", additional_special_tokens=["<|im_start|>"])
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, model_max_length=4321, padding_side="left", **named)
+    fast.chat_template = CHAT
+    fast.save_pretrained(directory)
+    if chat_in_config:  # as until 2025
+        path = directory / "tokenizer_config.json"
+        (directory / "chat_template.jinja").unlink()
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": CHAT}))
+        (directory / "special_tokens_map.json").write_text(json.dumps(named))
+    return theirs
+
+
+@pytest.mark.parametrize("chat_in_config", [False, True])
+def test_all_that_goes_with_a_chat_model_comes_out_as_it_went_in(chat_in_config, tmp_path):
+    chat_model(tmp_path / "m", chat_in_config, max_position_embeddings=4321)
+    Q.main([str(tmp_path / "m"), "--hf", str(tmp_path / "out"), "--device", "cpu"])
+    names = {path.name for path in (tmp_path / "m").iterdir()}
+    assert names | {"README.md"} == {path.name for path in (tmp_path / "out").iterdir()}
+    for name in names - {"config.json", "model.safetensors"}:
+        assert (tmp_path / "m" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+    pairs = [transformers.AutoTokenizer.from_pretrained(tmp_path / d) for d in ("m", "out")]
+    for what in ("special_tokens_map", "model_max_length", "padding_side", "chat_template",
+                 "pad_token_id", "eos_token_id", "bos_token_id", "unk_token_id"):
+        before, after = (getattr(tokenizer, what) for tokenizer in pairs)
+        assert before == after and after not in (None, {}), what
+    batch = ["abc def", "ab", made_up_text(random.Random(2), 9)]
+    before, after = (dict(tokenizer(batch, padding=True)) for tokenizer in pairs)
+    assert before == after
+    first, last = (pairs[0].convert_tokens_to_ids(w) for w in ("<|im_start|>", "<|im_end|>"))
+    rows = [[i for i in row if i != pairs[0].pad_token_id] for row in after["input_ids"]]
+    assert all((row[0], row[-1]) == (first, last) for row in rows)  # the post-processor is there
+    chat = [{"role": "user", "content": "abc"}]
+    before, after = (tokenizer.apply_chat_template(chat, tokenize=False) for tokenizer in pairs)
+    assert before == after == "<|im_start|>user\nabc<pad>"
+    models = [from_transformers(tmp_path / d) for d in ("m", "out")]
+    a, b = (model.generation_config.to_dict() for model in models)
+    assert a == b and (b["temperature"], b["eos_token_id"]) == (0.3, [last, 0])
+    a, b = (model.config.to_dict() for model in models)
+    assert {k for k in a if b[k] != a[k]} <= {"_name_or_path", "initializer_range"}
+    assert "4,321 tokens" in (tmp_path / "out/README.md").read_text()
+
+
+def test_files_that_a_checkpoint_carries_can_only_go_where_they_belong(runs, tmp_path):
+    state = torch.load(runs["osp"] / "ckpt.pt", weights_only=True)
+    for files in ({"../evil": ""}, {"/tmp/evil": ""}, {"additional_chat_templates/../../x": ""},
+                  {"chat_template.jinja": 3}, ["chat_template.jinja"]):
+        torch.save(state | dict(options=state["options"] | dict(hf_files=files)), tmp_path / "x.pt")
+        with pytest.raises(ValueError, match="x.pt says impossible things"):
+            load(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("name", ["osp", "json", "llama"])
+def test_a_pad_token_is_named_so_that_batches_work(name, runs, tmp_path):
+    """Also for a directory that has no other file than it must have, or names no pad token."""
+    if name == "llama":
+        chat_model(tmp_path / "in", eos_token_id=0)
+        for path in ("generation_config.json", "chat_template.jinja"):
+            (tmp_path / "in" / path).unlink()
+        path = tmp_path / "in/tokenizer_config.json"
+        config = {name: value for name, value in json.loads(path.read_text()).items()
+                  if name not in ("pad_token", "padding_side")}
+        path.write_text(json.dumps(config | {"padding_side": "left"}))
+    theirs = exported(tmp_path / "in" if name == "llama" else runs[name], tmp_path / "m")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert tokenizer.pad_token == tokenizer.eos_token is not None
+    assert tokenizer.model_max_length == 4321 if name == "llama" else 16
+    texts, options = ["abc def", "ab", "a"], dict(max_new_tokens=8, do_sample=False)
+    options |= dict(eos_token_id=[], pad_token_id=tokenizer.pad_token_id)
+    batch = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
+    together = theirs.generate(**{k: batch[k] for k in ("input_ids", "attention_mask")}, **options)
+    for row, text in zip(together, texts):
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        alone = theirs.generate(ids, **options)[0]
+        assert row[-len(alone) :].tolist() == alone.tolist()
+
+
+def test_a_directory_with_nothing_but_its_tokenizer_json_gets_a_pad_token_too(tmp_path):
+    hf_model(tmp_path / "m", max_position_embeddings=5000)
+    exported(tmp_path / "m", tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer(["a", "abc"], padding=True)["input_ids"] == [[0, 0, 97], [97, 98, 99]]
+    assert tokenizer.model_max_length == 5000 and tokenizer.pad_token == "<|endoftext|>"
 
 
 def test_large_models_are_written_in_several_files(tmp_path):
@@ -539,8 +675,8 @@ def test_writing_ends_where_any_file_of_the_model_says_so(tmp_path, capsys):
     assert len(more) == 4
     cases = [(dict(config=a), [a]), (dict(config=[a, b, 300, -1]), [a, b]),
              (dict(config=a, generation=b), [a, b]), (dict(generation=[a, c]), [a, c]),
-             (dict(config=a, generation=[a, b], word=chr(d)), [a, b, d]),
-             (dict(config=a, special={"content": chr(c), "special": True}), [a, c])]
+             (dict(config=a, generation=[a, b], word=f"<0x{d:02X}>"), [a, b, d]),
+             (dict(config=a, special={"content": f"<0x{c:02X}>"}), [a, c])]
     for named, ids in cases:
         name_ends(tmp_path / "m", **named)
         options = dict(max_new_tokens=60, do_sample=False, eos_token_id=ids, pad_token_id=0)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from data.dataset import TOKENIZER_JSON
-from data.tokenizer import separator, tokenizer_of
+from data.tokenizer import JsonTokenizer, separator, tokenizer_of
 from model import Config, Transformer
 from nanoosp.files import as_json, read_log, read_text, require, whole, write_text
 from tools.tokenizer_json import json_from_encoding
@@ -97,7 +97,7 @@ def load_llama(directory, device="cpu"):
         raise FileNotFoundError(f"{directory} has no {TOKENIZER_JSON}, so its tokenizer is unknown")
     data = {"tokenizer": TOKENIZER_JSON, "tokenizer_json": read_text(directory / TOKENIZER_JSON)}
     try:
-        encoding = tokenizer_of(data)
+        encoding = JsonTokenizer(data["tokenizer_json"])
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
     if encoding.n_vocab > config.vocab_size:
@@ -206,6 +206,7 @@ def load_weights(config: Config, directory: Path) -> Transformer:
 
 def save_llama(model, directory, options: dict, data: dict, evaluation=None, shard_size="5GB"):
     """Write a model as a Hugging Face directory, whole or not at all. OSP's parts are folded first.
+    A model that load_llama() has read gets back all CARRIED files.
 
     `options` and `data` are those of its checkpoint, `evaluation` is a record of its log. Raises
     FileExistsError if `directory` exists, OSError if it cannot be written, ValueError for a
@@ -218,17 +219,24 @@ def save_llama(model, directory, options: dict, data: dict, evaluation=None, sha
         raise ValueError("a quantized model is no plain LLaMA: export the model it was made from")
     if model.config.norm != "rms" or model.config.embproj:
         model = model.fold()
-    theirs = their_model(model, options, separator(tokenizer_of(data)))
+    encoding = tokenizer_of(data)
+    end_ids = options.get("end_ids") or [separator(encoding)]
+    theirs = their_model(model, options, end_ids[0])
+    files = {
+        TOKENIZER_JSON: data.get("tokenizer_json") or json_from_encoding(encoding),
+        "tokenizer_config.json": as_json(tokenizer_config(encoding, options, end_ids)),
+        "README.md": model_card(directory.name, model, options, data, evaluation),
+    } | options.get("hf_files", {})
+    files["tokenizer_config.json"] = with_pad_token(files)
     try:
         with whole(directory, f".tmp-{os.getpid()}") as temporary:
             temporary.mkdir()
-            write_tokenizer(temporary, options, data)
-            card = model_card(directory.name, model, options, data, evaluation)
-            write_text(temporary / "README.md", card)
             theirs.save_pretrained(temporary, max_shard_size=shard_size)
             config = json.loads(read_text(temporary / "config.json"))
             config["torch_dtype"] = config["dtype"]  # its name for older readers
-            write_text(temporary / "config.json", as_json(config))
+            for name, text in (files | {"config.json": as_json(config)}).items():
+                (temporary / name).parent.mkdir(exist_ok=True)
+                write_text(temporary / name, text)
     except (OSError, require("safetensors", PURPOSE).SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"could not write {directory}: {reason}") from error
@@ -254,17 +262,25 @@ def their_model(model: Transformer, options: dict, endoftext: int):
     return llama
 
 
-def write_tokenizer(directory: Path, options: dict, data: dict):
-    """tokenizer.json, and tokenizer_config.json, which AutoTokenizer needs."""
-    encoding = tokenizer_of(data)
-    write_text(directory / TOKENIZER_JSON,
-               data.get("tokenizer_json") or json_from_encoding(encoding))
+def tokenizer_config(encoding, options: dict, end_ids: list) -> dict:
+    """tokenizer_config.json, which AutoTokenizer needs, for a tokenizer that came without one."""
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-              "model_max_length": options["seq_len"]}
-    endoftext = encoding.decode([separator(encoding)])
-    if endoftext != "\0":  # bytes have no such token
-        config |= {"bos_token": endoftext, "eos_token": endoftext}
-    write_text(directory / "tokenizer_config.json", as_json(config))
+              "model_max_length": own_length(options), "padding_side": "left",  # text goes on right
+              "add_bos_token": False, "add_prefix_space": False}  # llama.cpp would add both
+    special = getattr(encoding, "special", {"<|endoftext|>": end_ids[0]})
+    if ends := [word for word, i in special.items() if i in end_ids]:
+        config |= {"bos_token": ends[0], "eos_token": ends[0]}
+    return config | json.loads(options.get("hf_files", {}).get("special_tokens_map.json", "{}"))
+
+
+def with_pad_token(files: dict) -> str:
+    """tokenizer_config.json, with the end-of-text token to pad batches if no token is named."""
+    config, words = (json.loads(files.get(name, "{}"))
+                     for name in ("tokenizer_config.json", "special_tokens_map.json"))
+    end = config.get("eos_token") or words.get("eos_token")
+    if config.get("pad_token") or words.get("pad_token") or not end:
+        return files["tokenizer_config.json"]
+    return as_json(config | {"pad_token": end})
 
 
 CARD = """---
@@ -299,7 +315,7 @@ width have {kurtosis_floor:.3f}. (Far above that is hard to quantize.)
 def model_card(name: str, model, options: dict, data: dict, evaluation: dict | None) -> str:
     """The text of README.md. `evaluation` is a record of log.jsonl, if there is one."""
     text = CARD.format(name=name, n=sum(p.numel() for p in model.parameters()), config=model.config,
-                       seq_len=options["seq_len"], tokenizer=data["tokenizer"])
+                       seq_len=own_length(options), tokenizer=data["tokenizer"])
     if "imported" in options:
         return (f"{text}nanoOSP did not train it: it was read from a Hugging Face directory called "
                 f"{options['imported']}.\n")
@@ -311,6 +327,11 @@ def model_card(name: str, model, options: dict, data: dict, evaluation: dict | N
         if evaluation.get("bits_per_byte"):
             text += f"The same loss in bits per byte is {evaluation['bits_per_byte']:.4f}.\n"
     return text
+
+
+def own_length(options: dict) -> int:
+    """Most tokens that a model can read at once, from the options that come with it."""
+    return options.get("hf_config", {}).get("max_position_embeddings", options["seq_len"])
 
 
 def last_evaluation(log: Path, step: int) -> dict | None:

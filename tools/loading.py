@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from nanoosp.files import read_archive, read_text
 from nanoosp.rotations import SPIN_BATCH
 from nanoosp.run import OPTIMIZERS, check_checkpoint, check_data, label, model_from_checkpoint
 from quantize import GPTQ_SAMPLES, Recipe
-from tools.huggingface import is_llama, load_llama
+from tools.huggingface import is_llama, load_llama, own_length
 from tools.packed import packed_model
 
 
@@ -68,7 +68,7 @@ class Loaded:
     @property
     def window(self) -> int:
         """Most tokens that it can read at once. Of a model from elsewhere this may be more."""
-        return self.options.get("hf_config", {}).get("max_position_embeddings", self.seq_len)
+        return own_length(self.options)
 
     def dataset(self, split: str = "val") -> Dataset:
         """The data it was trained on. Raises ValueError for a model from elsewhere, and for other
@@ -160,6 +160,9 @@ def check_known(options: dict, data: dict, path):
         and isinstance(data["tokenizer"], str)
         and isinstance(options.get("end_ids", []), list)
         and all(type(i) is int for i in options.get("end_ids", []))
+        and isinstance(options.get("hf_files", {}), dict)
+        and all(str(PurePath(name).parent) in (".", "additional_chat_templates")  # nowhere else
+                and isinstance(text, str) for name, text in options.get("hf_files", {}).items())
     )
     if data["tokenizer"] == TOKENIZER_JSON:
         possible = possible and isinstance(data.get("tokenizer_json"), str)
