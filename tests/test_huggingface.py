@@ -1,6 +1,7 @@
 """Hugging Face directories, against the transformers and tokenizers libraries themselves."""
 
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -563,6 +564,21 @@ def test_a_directory_with_nothing_but_its_tokenizer_json_gets_a_pad_token_too(tm
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer(["a", "abc"], padding=True)["input_ids"] == [[0, 0, 97], [97, 98, 99]]
     assert tokenizer.model_max_length == 5000 and tokenizer.pad_token == "<|endoftext|>"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no umask")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_exported_files_follow_the_umask(umask, tmp_path):
+    hf_model(tmp_path / "m")
+    loaded, before = load_llama(tmp_path / "m"), os.umask(umask)
+    try:
+        save_llama_to(tmp_path / "out", loaded, shard_size="100KB")
+        (tmp_path / "like").write_text("")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert sum(name.endswith(".safetensors") for name in modes) > 1
+    assert set(modes.values()) == {(tmp_path / "like").stat().st_mode}
 
 
 def test_large_models_are_written_in_several_files(tmp_path):

@@ -237,6 +237,9 @@ def save_llama(model, directory, options: dict, data: dict, evaluation=None, sha
             for name, text in (files | {"config.json": as_json(config)}).items():
                 (temporary / name).parent.mkdir(exist_ok=True)
                 write_text(temporary / name, text)
+            mode = (temporary / "config.json").stat().st_mode
+            for path in temporary.glob("*.safetensors"):
+                path.chmod(mode)  # the library lets only the owner read them, whatever the umask
     except (OSError, require("safetensors", PURPOSE).SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"could not write {directory}: {reason}") from error
