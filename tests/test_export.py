@@ -83,6 +83,34 @@ def test_a_file_has_the_size_of_its_formula(tmp_path):
     assert (tmp_path / "q.pt").stat().st_size == pytest.approx(formula, rel=0.01)
 
 
+@pytest.mark.parametrize("method, doubled", [("rtn", False), ("had", False), ("quarot", True)])
+def test_a_tied_matrix_is_stored_once_unless_a_rotation_unties_it(method, doubled, tmp_path):
+    """quarot moves the last norm's gain into the head, which is then no longer the embedding."""
+    model = randomized(Config(n_layer=1, n_head=2, n_embd=64, vocab_size=3000, tie_embeddings=True))
+    tokens = torch.randint(3000, (4, 17))
+    q = quantize(model, Recipe("4-4-4", method), tokens)
+    save_packed(q, tmp_path / "q.pt", {}, {})
+    size, matrix = (tmp_path / "q.pt").stat().st_size, 4 * 3000 * 64
+    assert (1 + doubled) * matrix < size < (1.2 + doubled) * matrix
+    loaded = load_packed(tmp_path / "q.pt")
+    assert torch.equal(loaded(tokens), q(tokens))
+    state = read_archive(tmp_path / "q.pt")  # as files were written before: two copies
+    state["weights"]["head.weight"] = state["weights"]["head.weight"].clone()
+    torch.save(state, tmp_path / "old.pt")
+    assert (tmp_path / "old.pt").stat().st_size > 2 * matrix
+    assert torch.equal(load_packed(tmp_path / "old.pt")(tokens), q(tokens))
+
+
+def test_the_size_that_is_printed_is_that_of_the_file_beside_the_target_in_bf16(
+        run_dir, tmp_path, capsys):
+    path = tmp_path / "q.pt"
+    Q.main([str(run_dir), "--method", "rtn", "--dtype", "bfloat16", "--out", str(path)])
+    state = torch.load(run_dir / "ckpt.pt", weights_only=True)
+    n = sum(W.numel() for W in state["model"].values())
+    said = f"{path.stat().st_size / (2 * n):.3f} of what the {n:,} weights of osp take in bf16"
+    assert said in capsys.readouterr().out
+
+
 def test_the_command_line_writes_what_quantize_gives(run_dir, dataset_dir, tmp_path, capsys):
     for method in Q.METHODS:
         (tmp_path / "q.pt").unlink(missing_ok=True)

@@ -96,13 +96,15 @@ def export_llama(loaded: Loaded, directory: Path):
 
 def export_packed(loaded: Loaded, opt: Options, recipe: Recipe, device: str):
     calibration = loaded.calibration(recipe, opt.calib)
+    n = sum(p.numel() for p in loaded.model.parameters())  # tied ones count once
     if opt.dtype:
         loaded.model.to(getattr(torch, opt.dtype))
     began = time.perf_counter()
     model = quantize(loaded.model, recipe, calibration)
     seconds = time.perf_counter() - began
     save_packed(model, opt.out, loaded.options, loaded.data)
-    size, n = opt.out.stat().st_size, sum(p.numel() for p in model.parameters())
+    size = opt.out.stat().st_size
     print(f"{recipe} in {seconds:.1f} s, peak memory "
-          f"{peak_memory_gib(device):.2f} GiB: {opt.out}, {size / 2**20:.2f} MiB for {n:,} "
-          f"weights, {size / 2 / n:.3f} of bf16 (embedding and head are not rounded)")
+          f"{peak_memory_gib(device):.2f} GiB: {opt.out}, {size / 2**20:.2f} MiB, which is "
+          f"{size / 2 / n:.3f} of what the {n:,} weights of {loaded.name} take in bf16 (embedding "
+          "and head are not rounded)")

@@ -60,6 +60,8 @@ def save_packed(model, path: Path, options: dict, data: dict):
     if recipe.w != 4:
         raise ValueError(f"a file holds weights of 4 bits, not {recipe.w}")
     weights = {name: W.cpu() for name, W in model.state_dict().items()}
+    if torch.equal(weights["head.weight"], weights["embed.weight"]):  # they were tied
+        weights["head.weight"] = weights["embed.weight"]  # one storage, which torch writes once
     scales = {name: scale.cpu() for name, scale in model.scales.items()}
     codes = {name: weight_codes(weights.pop(f"{name}.weight"), scale, recipe)
              for name, scale in scales.items()}
