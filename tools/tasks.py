@@ -16,8 +16,9 @@ likeliest choice is its answer. A "group" beside the gold gives each group a sco
 A *shot* is another question in front of the one that is asked, with its answer: context + target,
 or context + the right choice.
 
-The rules are those of the paper's harness (lighteval 0.9.2), except that log-probabilities are
-computed in fp32 instead of bf16.
+The rules are those of the paper's harness (lighteval 0.9.2), with two exceptions. Log-probabilities
+are computed in fp32 instead of bf16. And at least one token of a choice counts: where merging over
+the border leaves fewer tokens than the context alone has, the harness scores none, and that wins.
 Read it top to bottom: scores, likelihood, generation, prompts, task files.
 """
 
@@ -165,8 +166,9 @@ def bare(text: str) -> str:
 def encode_pair(encoding, context: str, continuation: str) -> tuple[list[int], int]:
     """(tokens of context + continuation, how many at their end belong to the continuation).
 
-    Both are encoded together, as text was in training. Blanks at the end of the context belong to
-    the continuation, which has at least one token.
+    Both are encoded together, as text was in training. What comes after as many tokens as the
+    context alone has is the continuation. Blanks at the end of the context belong to it, and so
+    does the last token, even if it contains the end of the context.
     """
     ids = encode_whole(encoding, context + continuation).tolist()
     cut = len(encode_whole(encoding, context.rstrip()))
