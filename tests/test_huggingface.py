@@ -111,6 +111,18 @@ def test_what_converters_of_llamas_ask_of_a_tokenizer_json_is_there():
     assert [(token["id"], token["special"]) for token in special] == [(0, True)]
 
 
+def test_the_vocabulary_class_of_llama_cpp_reads_an_exported_run(runs, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    exported(runs["osp"], tmp_path / "m")
+    words, _, types = zip(*gguf.LlamaHfVocab(tmp_path / "m").all_tokens())
+    assert words[:2] == (b"<|endoftext|>", b"<0x01>") and words[32] == "\u2581".encode()
+    kinds = {0: gguf.TokenType.CONTROL, 32: gguf.TokenType.NORMAL}
+    assert list(types) == [kinds.get(i, gguf.TokenType.BYTE) for i in range(256)]
+    special = gguf.SpecialVocab(tmp_path / "m")
+    assert special.special_token_ids == dict(bos=0, eos=0, pad=0)
+    assert special.add_special_token == dict(bos=False)
+
+
 def test_our_own_reader_takes_that_form_for_bytes_without_any_loss():
     text = json_from_encoding(tokenizer("bytes"))
     again = tokenizer_of({"tokenizer": "tokenizer.json", "tokenizer_json": text})
@@ -435,6 +447,7 @@ def test_ss_norm_is_exported_as_a_constant_vector(runs, tmp_path):
 def test_the_round_trip_is_exact(runs, tmp_path):
     exported(runs["osp"], tmp_path / "a")
     read_back = load_llama(tmp_path / "a")[0].state_dict()
+    assert load(tmp_path / "a").encoding.name == "bytes"
     for name, W in load(runs["osp"]).model.fold().state_dict().items():
         assert torch.equal(W, read_back[name]), name
     Q.main([str(tmp_path / "a"), "--hf", str(tmp_path / "b"), "--device", "cpu"])
@@ -526,9 +539,13 @@ def test_all_that_goes_with_a_chat_model_comes_out_as_it_went_in(chat_in_config,
 
 def test_files_that_a_checkpoint_carries_can_only_go_where_they_belong(runs, tmp_path):
     state = torch.load(runs["osp"] / "ckpt.pt", weights_only=True)
-    for files in ({"../evil": ""}, {"/tmp/evil": ""}, {"additional_chat_templates/../../x": ""},
-                  {"chat_template.jinja": 3}, ["chat_template.jinja"]):
-        torch.save(state | dict(options=state["options"] | dict(hf_files=files)), tmp_path / "x.pt")
+    wrong = [dict(hf_files=files) for files in (
+        {"../evil": ""}, {"/tmp/evil": ""}, {"additional_chat_templates/../../x": ""},
+        {"chat_template.jinja": 3}, ["chat_template.jinja"])]
+    wrong += [dict(end_ids=["0"]), dict(end_ids=0), dict(hf_config=3),
+              dict(hf_config=dict(max_position_embeddings="9"))]
+    for change in wrong:
+        torch.save(state | dict(options=state["options"] | change), tmp_path / "x.pt")
         with pytest.raises(ValueError, match="x.pt says impossible things"):
             load(tmp_path / "x.pt")
 

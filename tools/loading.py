@@ -154,7 +154,8 @@ def check_known(options: dict, data: dict, path):
         raise ValueError(f"{path} does not say {', '.join(missing)}: train.py or quantize.py would "
                          "have")
     possible = (
-        type(options["seq_len"]) is int and options["seq_len"] > 0
+        isinstance(options.get("hf_config", {}), dict)
+        and all(type(n) is int and n > 0 for n in (options["seq_len"], own_length(options)))
         and options.get("optimizer", "adam") in OPTIMIZERS
         and isinstance(options.get("data", ""), str) and type(options.get("seed", 0)) is int
         and isinstance(data["tokenizer"], str)
