@@ -29,6 +29,7 @@ import math
 import sys
 from contextlib import ExitStack
 
+
 def main(argv=None):
     importlib.import_module("tools.evaluate").main(argv)  # the command line
 

@@ -38,6 +38,7 @@ import importlib
 import math
 import sys
 
+
 def main(argv=None):
     importlib.import_module("tools.export").main(argv)  # the command line
 

@@ -32,8 +32,8 @@ from nanoosp.files import read_text, require
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>",
               "<\uff5cend\u2581of\u2581sentence\uff5c>")
 # "bytes" in a tokenizer.json, as tools/tokenizer_json.py writes it
-BYTE_WORDS = {f"<0x{byte:02X}>": byte for byte in range(256) if byte not in (0, 32)}
-BYTE_WORDS |= {"<|endoftext|>": 0, "\u2581": 32}
+BYTE_WORDS = {f"<0x{byte:02X}>": byte for byte in range(256) if byte not in (0, 32)} | {
+    "<|endoftext|>": 0, "\u2581": 32}
 
 
 def tokenizer(name: str):
