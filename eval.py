@@ -34,8 +34,9 @@ def main(argv=None):
     importlib.import_module("tools.evaluate").main(argv)  # the command line
 
 
-if __name__ == "__main__":  # here, and not below, because torch takes seconds to import
-    sys.exit(main())
+if __name__ == "__main__":  # first, because the command line answers --help before it imports torch
+    main()
+    sys.exit()
 
 import torch
 from tqdm import tqdm
@@ -318,8 +319,8 @@ def generate(model, tokens, n, window, temperature=1.0, top_k=None, seed=0, use_
              never=()):
     """Yield n tokens that continue `tokens`, a non-empty list of ids. The cache changes no result.
 
-    window: most tokens the model may see. When there are more, the oldest are forgotten: as many as
-        make room for those still to come, but at most half, since all others are then read again.
+    window: most tokens the model may see. When it is full, the oldest are forgotten, many at once,
+        since the rest must be read again: enough for all still to come, but at most half of it.
     temperature: 0 takes the likeliest token. top_k: draw from the k likeliest only.
     never: ids that are not drawn, such as a model's rows that its tokenizer has no tokens for.
     """

@@ -43,8 +43,9 @@ def main(argv=None):
     importlib.import_module("tools.export").main(argv)  # the command line
 
 
-if __name__ == "__main__":  # here, and not below, because torch takes seconds to import
-    sys.exit(main())
+if __name__ == "__main__":  # first, because the command line answers --help before it imports torch
+    main()
+    sys.exit()
 
 import torch
 import torch.nn as nn
@@ -54,7 +55,7 @@ from tqdm import tqdm
 from model import Transformer, hooked, rope_tables
 from nanoosp.formats import block_scale, e2m1, round_blocks
 from nanoosp.hadamard import hadamard_transform
-from nanoosp.recipe import FORMATS, METHODS, Recipe  # noqa: F401
+from nanoosp.recipe import METHODS, Recipe  # noqa: F401
 from nanoosp.rotations import full_precision, learn_rotations, random_rotations, rotated_weights
 
 GPTQ_SAMPLES = 128  # sequences of calibration

@@ -64,7 +64,7 @@ class Options(RunOptions):
     n_layer: int = option(None, "blocks, instead of the preset's", high=1000)
     n_head: int = option(None, "attention heads, instead of the preset's")
     n_embd: int = option(None, "channels of the residual stream, instead of the preset's")
-    vocab_size: int = option(None, "rows of embedding and head (default: ids, in 64s; 1.4b 49152)")
+    vocab_size: int = option(None, "embedding rows (default: ids, to multiples of 64; 1.4b: 49152)")
     seq_len: int = option(None, "tokens per sequence", low=2)
 
     steps: int = option(None, "optimizer steps in all", may_change=True, group="the optimization")
@@ -82,7 +82,7 @@ class Options(RunOptions):
     seed: int = option(None, "for the initial weights and the data order (default: 0)", low=0)
 
 
-early("train.py", Options)  # --help and mistakes end here, since torch takes seconds to import
+early("train.py", Options)  # answers --help and misspelt options before torch, which takes seconds
 
 import torch
 from torch.nn.parallel import DistributedDataParallel

@@ -6,16 +6,16 @@ text that fits in memory there is prepare.py.
     python data/corpus.py --hub HuggingFaceFW/fineweb-edu:sample/10BT --out DIR     downloaded
 
 It reads .parquet and .jsonl, with a document a row, and .txt, .md and .py, where lines that read
-<|endoftext|> separate documents; --endings .c .h reads other files as text. All but parquet may be
-compressed, as .gz or .xz. A text of more than 1 MiB without such lines is cut, at a line break if
-there is one. What a folder has besides, and files in it that cannot be read, are left out, and
-counted at the start and at the end.
+<|endoftext|> separate documents; --endings .c .h reads text files with these endings instead. All
+but parquet may be compressed, as .gz or .xz. A text of more than 1 MiB without such lines is cut,
+at a line break if there is one. Other files of a folder are left out and counted at the start; one
+that cannot be read is left out from the error on, and counted at the end.
 
 Of each source, the first of every --val-every documents becomes validation text, until there are
 --val-tokens of it. A mixture takes its next document from the source that is furthest behind its
-weight, counted in tokens. Without weights, one source is read after the other, and each may give a
-share of the --val-tokens by its size. The result depends on the sources alone: the same command
-makes the same bytes, for any number of processes and after any interruption.
+weight, counted in tokens. Without weights, sources are read one after the other, and each may
+fill its share of --val-tokens, in proportion to its size. The result depends on the sources alone:
+the same command makes the same bytes, for any number of processes and after any interruption.
 
 DIR/manifest.json says how much is done. It is written every few seconds, after the tokens that it
 counts. Later tokens are cut off when the work continues. So nothing is lost or repeated, however a
@@ -292,7 +292,7 @@ def check_begun_with(out: Path, old: dict, begun_with: dict):
         elif name == "tokenizer" and len(str(before)) == 64:  # a sha256
             before = f"a {TOKENIZER_JSON} with other contents"
         raise ValueError(f"{out} was begun with {difference}: {before}; use that again, or remove "
-                         f"{out} (an older version of this script may have begun it otherwise)")
+                         f"{out} (an older version may have begun it: that cannot be continued)")
 
 
 def convert(out: Path, encoding, sources: list[Source], splits: list[Split], manifest: dict,
@@ -325,8 +325,9 @@ def convert(out: Path, encoding, sources: list[Source], splits: list[Split], man
     finally:
         bar.close()
         pool.shutdown(cancel_futures=True)
-    for line in (line for source in sources for line in source.left_out()):
-        print(line, file=sys.stderr)
+    for source in sources:
+        for line in source.left_out():
+            print(line, file=sys.stderr)
 
     for path in out.glob("*.bin"):
         open_shard(path)  # raises if it is not whole
@@ -373,8 +374,8 @@ class Options:
                        "weights, one is read after the other", many=True, metavar="PATH[=WEIGHT]")
     hub: str = option(None, "datasets of the Hugging Face hub to read, or one folder of each, "
                       "weighted in the same way", many=True, metavar="NAME[:FOLDER][=WEIGHT]")
-    endings: str = option(None, "the files to read in folders, by the ends of their names; what is "
-                          f"not JSON lines or parquet is text (default: {' '.join(ENDINGS)})",
+    endings: str = option(None, "read only files whose names end so, instead of the default; all "
+                          f"but .parquet and .jsonl are text (default: {' '.join(ENDINGS)})",
                           many=True, metavar=".ENDING")
     out: Path = option(None, "where to write, or to continue", metavar="DIR", required=True)
     tokenizer: str = option("r50k_base", "'r50k_base' (GPT-2's; the default), 'bytes', or the path "
@@ -390,8 +391,8 @@ class Options:
                                "later documents train (default: 10e6)", high=2**64, metavar="N")
     shard_tokens: count = option(SHARD_TOKENS, "tokens in a file of the dataset, 2 bytes each "
                                  "(default: 100e6)", high=2**31, metavar="N")
-    processes: count = option(CORES, "how many processes tokenize at the same time, at most one a "
-                              "core; the result is the same for any (default: one a core)",
+    processes: count = option(CORES, "how many processes tokenize at the same time, at most one "
+                              "per core; the result is the same for any (default: one per core)",
                               high=2**64, metavar="N")
 
 
@@ -405,6 +406,8 @@ def main(argv=None):
         fail(str(error))
     if not specs:
         fail("name what to read, with --text or --hub")
+    if opt.endings and not opt.text:
+        fail("--endings is for --text: of the hub, parquet and JSON lines are read")
     for ending in opt.endings or []:
         if len(ending) < 2 or not ending.startswith("."):
             fail(f"--endings {ending}: an ending begins with a dot, like .c")

@@ -5,10 +5,10 @@
     python data/prepare.py --text FILE --tokenizer r50k_base      in GPT-2's tokens
     python data/prepare.py --text FILE --tokenizer PATH           in those of a tokenizer.json
 
-Lines that read <|endoftext|> separate the documents of a text file. All else is kept as it is, line
-ends too. Every 20th document becomes validation text, or the last one if there are fewer than 20. A
-single document is cut at a line break after at most 95 % of it. Shakespeare's plays are divided
-play by play.
+Lines that read <|endoftext|> separate the documents of a text file. Spaces and line breaks at the
+ends of a document are dropped; everything else is kept, line ends too. Every 20th document becomes
+validation text, or the last one if there are fewer than 20. A single document is cut at a line
+break after at most 95 % of it. Shakespeare's plays are divided play by play.
 """
 
 import hashlib

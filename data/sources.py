@@ -27,14 +27,15 @@ import numpy as np
 from data.tokenizer import HoldsSeparator, encode_document, split_documents, tokenizer
 from nanoosp.files import OPENERS, READ_ERRORS, decoded, opened, require
 
-ROWS_OF_TEXT = (".parquet", ".jsonl")  # kinds of files that hold a document a row
-ENDINGS = (*ROWS_OF_TEXT, ".txt", ".md", ".py")
+TABLES = (".parquet", ".jsonl")  # kinds of files that hold a document a row
+ENDINGS = (*TABLES, ".txt", ".md", ".py")
 GROWTH = {".gz": 3.5, ".xz": 4, ".parquet": 1.8}  # bytes of text in a byte of file, roughly
 LINE = b"\n<|endoftext|>"  # begins a line between two documents of a text file
 BLOCK = 2**20  # bytes read at a time; no document of a text file is much longer than twice that
 ROWS = 256  # of a parquet file read at a time: about as much text
 SAMPLES = 8  # files of a source that are looked at to estimate its tokens
 ATTEMPTS = 5  # at each download
+BLOCK_ERRORS = (*READ_ERRORS, NotImplementedError)  # the last from pyarrow
 
 
 # Files, here and on the hub
@@ -54,19 +55,21 @@ def text_size(file: File) -> int:
     return int(file.size * GROWTH.get(Path(file.name).suffix, 1))
 
 
-def is_read(name: str, endings) -> bool:
-    """Is a file of this name read? All kinds but parquet may be compressed."""
+def has_ending(name: str, endings) -> bool:
+    """Has a file's name one of these endings? Behind all but .parquet, .gz or .xz may follow."""
     compressed = [e + packing for e in endings if e != ".parquet" for packing in OPENERS]
     return name.endswith((*endings, *compressed))
 
 
 def describe_left_out(names) -> str:
     """Files by their endings: "120 files: 80 .c, 30 .h, 10 others"."""
-    counts = Counter(suffix for suffix in (Path(name).suffix for name in names) if suffix)
-    common = dict(counts.most_common(8))
-    common["others"] = len(names) - sum(common.values())
-    listed = ", ".join(f"{n:,} {ending}" for ending, n in common.items() if n)
-    return f"{len(names):,} file{'s' * (len(names) != 1)}: {listed}"
+    counts = Counter(Path(name).suffix for name in names)
+    counts.pop("", None)
+    common = counts.most_common(8)
+    others = len(names) - sum(n for _, n in common)
+    listed = [f"{n:,} {ending}" for ending, n in common]
+    listed += [f"{others:,} other{'s' * (others != 1)}"] if others else []
+    return f"{len(names):,} file{'s' * (len(names) != 1)}: {', '.join(listed)}"
 
 
 def local_files(name: str, endings=ENDINGS) -> tuple[list[File], list[str]]:
@@ -80,12 +83,13 @@ def local_files(name: str, endings=ENDINGS) -> tuple[list[File], list[str]]:
     paths = [path for path in paths if path.is_file()]
     names = [path.relative_to(root).as_posix() if is_folder else path.name for path in paths]
     files = [File(name, path.stat().st_size, path, found=is_folder)
-             for name, path in zip(names, paths) if is_read(name, endings)]
+             for name, path in zip(names, paths) if has_ending(name, endings)]
     if not files:
-        there = "s in it" * is_folder + f", only {describe_left_out(names)}" * bool(names)
-        raise ValueError(f"{name}: no {', '.join(endings)} file{there} (--endings reads others as "
-                         "text; all but parquet may be compressed, as .gz or .xz)")
-    return files, [name for name in names if not is_read(name, endings)]
+        found = describe_left_out(names) if names else "nothing"
+        what = f"holds {found}; none ends in" if is_folder else "ends in none of"
+        raise ValueError(f"{name} {what} {' '.join(endings)} (--endings reads others as text; .gz or "
+                         ".xz may follow)")
+    return files, [name for name in names if not has_ending(name, endings)]
 
 
 def with_retries(function, target: str):
@@ -97,9 +101,11 @@ def with_retries(function, target: str):
             reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0]}"
             response = getattr(error, "response", None)
             if getattr(response, "status_code", 0) in (401, 403, 404):
-                break  # there is no such dataset, or no permission to read it
+                hint = "there is no such dataset, or it wants a login: hf auth login"
+                break
+            hint = "the same command tries again"
             time.sleep(2**attempt if attempt < ATTEMPTS - 1 else 0)
-    raise ConnectionError(f"{target} could not be fetched ({reason}); the same command tries again")
+    raise ConnectionError(f"{target} could not be fetched ({reason}); {hint}")
 
 
 def hub_files(name: str, revision: str | None) -> tuple[list[File], list[str]]:
@@ -112,12 +118,12 @@ def hub_files(name: str, revision: str | None) -> tuple[list[File], list[str]]:
     listed = sorted((f.rfilename, f.size) for f in info.siblings)
     start = f"{folder.rstrip('/')}/" if folder else ""
     files = [File(n, size, None, repo, info.sha) for n, size in listed
-             if n.startswith(start) and is_read(n, ROWS_OF_TEXT)]
+             if n.startswith(start) and has_ending(n, TABLES)]
     if not files:
-        folders = sorted({n.rpartition("/")[0] for n, _ in listed if is_read(n, ROWS_OF_TEXT)})
+        folders = sorted({n.rpartition("/")[0] for n, _ in listed if has_ending(n, TABLES)})
         raise ValueError(f"{name}: no parquet or jsonl files there; folders of {repo} with such "
                          f"files: {folders[:20]}")
-    others = [n for n, _ in listed if n.startswith(start) and not is_read(n, ROWS_OF_TEXT)]
+    others = [n for n, _ in listed if n.startswith(start) and not has_ending(n, TABLES)]
     return files, others
 
 
@@ -179,7 +185,7 @@ def read_blocks(path: Path, key: str):
                 yield row, batch.column(0)
                 row += len(batch)
         return
-    text = not is_read(path.name, ROWS_OF_TEXT)
+    text = not has_ending(path.name, TABLES)
     rest, offset = b"", 0 if text else 1
     with opened(path) as file:
         while data := file.read(BLOCK):
@@ -207,7 +213,7 @@ def documents(name: str, offset: int, block, key: str) -> list[str]:
     """The documents of a block. Raises ValueError with the line or byte that cannot be read."""
     if not isinstance(block, bytes):
         return [text for text in block.to_pylist() if text and not text.isspace()]
-    if not is_read(name, ROWS_OF_TEXT):
+    if not has_ending(name, TABLES):
         return split_documents(decoded(block, offset))
     texts = []
     for number, line in enumerate(block.split(b"\n"), offset):
@@ -285,7 +291,7 @@ class Source:
         tokens = n_bytes = 0
         local = [file for file in self.files if file.path]
         for file in local[:: -(-len(local) // SAMPLES) or 1]:
-            with contextlib.suppress(*READ_ERRORS, NotImplementedError, StopIteration):
+            with contextlib.suppress(*BLOCK_ERRORS, StopIteration):
                 offset, block, size = first_block(file, self.key)
                 found = pool.submit(encode_block, file.name, offset, block).result()
                 tokens += sum(len(document[0]) for document in found if document)
@@ -305,9 +311,9 @@ class Source:
                         break
                     if f > first_file or b >= first_block:
                         yield f, b, pool.submit(encode_block, file.name, offset, block)
-            except (*READ_ERRORS, NotImplementedError) as error:  # the last from pyarrow
+            except BLOCK_ERRORS as error:
                 failure = Future()  # its turn comes after those of the blocks before it
-                reason = f"which cannot be read: {error or 'it ends too early'}"
+                reason = f"cannot be read: {error or 'it ends too early'}"
                 failure.set_exception(ValueError(reason))
                 yield f, -1, failure
             if file.path is None:
@@ -322,7 +328,7 @@ class Source:
                 self.state["position"][2] += 1
                 if document is None:
                     in_file = self.path(self.state["position"][0])
-                    self.leave_out("documents left out for the character NUL", f"in {in_file}")
+                    self.leave_out("documents with the character NUL left out", f"in {in_file}")
                     continue
                 self.state["documents"] += 1
                 self.state["tokens"] += len(document[0])
@@ -336,10 +342,10 @@ class Source:
             try:
                 block = block.result()
             except ValueError as error:
-                reason = f"{self.path(f)}, {error}"
+                reason = f"{self.path(f)}: {error}"
                 if not self.files[f].found:
                     raise ValueError(reason) from error
-                self.leave_out("files left out from where they cannot be read", reason)
+                self.leave_out("files read only up to an error", reason)
                 self.given_up, self.state["position"], self.skip = f, [f + 1, 0, 0], 0
                 continue
             self.ready, self.state["position"] = iter(block[self.skip :]), [f, b, self.skip]
@@ -349,7 +355,8 @@ class Source:
         return str(self.files[f].path or self.files[f].name)
 
     def share(self) -> float:
-        """How much of the source is read at the end of that part of it where the position is."""
+        """Of sources put together: the part of all their text that is read once the current one
+        ends. 1 for a single source."""
         return self.shares[bisect_right(self.ends, self.state["position"][0])]
 
     def leave_out(self, what: str, first: str):
@@ -359,7 +366,7 @@ class Source:
 
     def left_out(self) -> list[str]:
         """A line for each kind of thing that was left out."""
-        return [f"{self.name}: {what}: {n:,}, the first {first}"
+        return [f"{self.name}: {n:,} {what}; the first: {first}"
                 for what, (n, first) in self.state.get("left_out", {}).items()]
 
 

@@ -1,7 +1,7 @@
 """From text to token ids and back.
 
     encoding = tokenizer("r50k_base")     "bytes", a name that tiktoken knows, or a tokenizer.json
-    ids = encode(encoding, "some text")   int64 [n]; no special token, whatever the text says
+    ids = encode_whole(encoding, "text")  int64 [n], BOS first if it has one; no other special token
     text = encoding.decode(ids)
     separator(encoding)                   the token before every document
     split_documents(text)                 what lies between lines that read <|endoftext|>
@@ -10,15 +10,14 @@
 An encoding is a tiktoken.Encoding or, for a Hugging Face model's tokenizer.json, a JsonTokenizer.
 Both also have .name and .n_vocab, which is the largest id + 1.
 
-A tokenizer.json may ask for a token in front of every text (BOS), as Llama's does. So it is done
-wherever a text begins: for prompts, questions, texts to measure, and documents in a dataset, there
-behind the separator unless that is the same token. Its library gives the same ids.
+A tokenizer.json may want a token at the start of every text (BOS), as Llama's does. encode_whole()
+puts it there: before prompts, questions, texts to measure and documents. In a dataset it follows
+the separator, unless the two are the same token.
 """
 
 import contextlib
 import functools
 import re
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -65,9 +64,9 @@ def tokenizer(name: str):
 
 def tokenizer_for_shards(name: str):
     """tokenizer(name). Raises ValueError also if its ids do not fit the 16 bits of a shard, or if
-    it frames a text as no dataset does."""
+    it also ends every text with a token."""
     encoding = tokenizer(name)
-    beginning(encoding)
+    beginning(encoding)  # raises if it does
     if encoding.n_vocab > 2**16:
         raise ValueError(f"tokenizer {name!r} has {encoding.n_vocab:,} ids; shards hold 16-bit "
                          "tokens")
@@ -80,7 +79,7 @@ def tokenizer_of(meta: dict):
         return tokenizer(meta["tokenizer"])
     encoding = tokenizer_from_json(meta["tokenizer_json"])
     if "source" in meta and not meta.get("beginning"):
-        encoding.beginning = []  # a dataset of before this was put into them
+        encoding.beginning = []  # an older dataset ("source"): its documents begin without BOS
     return encoding
 
 
@@ -122,7 +121,7 @@ class HoldsSeparator(ValueError):
 
 def beginning(encoding) -> list[int]:
     """The ids that every text begins with: BOS, for a tokenizer.json that says so, or none. Raises
-    ValueError if it wants something behind a text too, where a model is to go on writing."""
+    ValueError if it wants something after a text too, where a model is to go on writing."""
     return encoding.beginning if isinstance(encoding, JsonTokenizer) else []
 
 
@@ -151,7 +150,7 @@ def has_borders(text: str) -> bool:
 
 
 def split_documents(text: str) -> list[str]:
-    """The documents of a text: what lies between lines that read <|endoftext|>, without the blanks
+    """The documents of a text: what lies between lines that read <|endoftext|>, without the spaces
     and line breaks around it."""
     parts = BORDER.split("\n" + text)
     return [part.strip() for part in parts if part.strip()]
@@ -206,24 +205,24 @@ class JsonTokenizer:
     def __reduce__(self):
         return JsonTokenizer, (self.text,)
 
-    @cached_property
+    @functools.cached_property
     def beginning(self) -> list[int]:
-        """See beginning() above. Found with an empty text, filled up by one id of no token."""
+        """See beginning() above. Found by framing one placeholder, an id that no token has."""
         with rust_errors("the tokenizer cannot frame a text"):
             empty = self.inner.encode("", add_special_tokens=False)
             empty.truncate(0)
             empty.pad(1, pad_id=self.n_vocab)
             framed = self.inner.post_process(empty, add_special_tokens=True).ids
         if framed[-1] != self.n_vocab:
-            raise ValueError("the tokenizer.json puts tokens behind every text too (its "
-                             "post_processor): such a text has ended, and nothing can follow")
+            raise ValueError("the post_processor of this tokenizer.json appends tokens to every "
+                             "text, so a model could not continue it")
         return framed[:-1]
 
     def encode(self, text: str) -> list[int]:
         ids = self._ids(text)
         if not self.special or set(self.special.values()).isdisjoint(ids):
             return ids
-        # A Unigram vocabulary holds special tokens as words. Cut them behind their first character.
+        # A Unigram vocabulary holds special tokens as words. Cut them after their first character.
         words = re.finditer("|".join(map(re.escape, self.special)), text)
         cuts = [0, *(word.start() + 1 for word in words), len(text)]
         return [i for a, b in pairwise(cuts) for i in self._ids(text[a:b])]

@@ -112,8 +112,8 @@ def parse(options: type, docstring: str, argv=None):
 
 
 def early(script: str, options: type, check=lambda opt: None):
-    """End `script`, if it is the program that runs, for --help or a mistake in its options and, until command() begins,
-    for Ctrl-C. Called before torch is imported, which takes seconds."""
+    """If `script` is the program that runs: answer --help and report mistakes in its options now, before the slow import
+    of torch. Until command() takes over, Ctrl-C ends it at once."""
     main = sys.modules["__main__"]
     if os.path.abspath(getattr(main, "__file__", None) or "") == os.path.join(ROOT, script):
         signal.signal(signal.SIGINT, exit_at_once)

@@ -76,15 +76,15 @@ class RunOptions:
                         launch=True)
     seeds: int = option(None, "with --ablation: as many runs of each row, --seed and the next ones "
                         "(default: 1)", launch=True, high=1000)
-    gpus: int = option(None, "with --ablation: train as many rows side by side, one a GPU", launch=True)
+    gpus: int = option(None, "with --ablation: train as many rows side by side, one per GPU", launch=True)
     dry_run: bool = option(False, "say what would be trained (parameters, memory, tokens) and stop",
                            launch=True)
     bench: bool = option(False, "only measure: --steps steps (default: 10) on random tokens (--data "
                          "random), nothing evaluated or saved", launch=True)
 
-    def __post_init__(self):
+    def __post_init__(self):  # now, while None still means "not given": for new_directory()
         given = {name: getattr(self, name, None) for name in NAMED}
-        self.named = "".join(f"-{name}{value}" for name, value in given.items() if value is not None)
+        self.given_in_name = "".join(f"-{name}{value}" for name, value in given.items() if value is not None)
 
 
 def remembered(opt) -> dict:
@@ -263,14 +263,14 @@ def launcher() -> list[str]:
 
 
 def numbered(path: Path):
-    """`path`, then the same with -2, -3, ... behind it."""
+    """`path`, then the same with -2, -3, ... after it."""
     return itertools.chain([path], (path.with_name(f"{path.name}-{i}") for i in itertools.count(2)))
 
 
 def new_directory(opt) -> Path:
     """Makes runs/<data>-<preset>-<configuration>, with what was given of NAMED, as in tiny-adam-lr0.002, and with a
-    number behind it if that is taken."""
-    name = "-".join([Path(opt.data).name, opt.preset, slug(vars(opt))]) + opt.named.replace("_", "-")
+    number after it if that is taken."""
+    name = "-".join([Path(opt.data).name, opt.preset, slug(vars(opt))]) + opt.given_in_name.replace("_", "-")
     for path in numbered(ROOT / "runs" / name):
         try:
             path.mkdir(parents=True)

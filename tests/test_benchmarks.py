@@ -204,7 +204,7 @@ def test_what_exceeds_the_sequence_length_is_cut_at_the_left(model):
     for seq_len, cut in ((10, 2), (11, 1), (18, 1), (19, 0)):
         result = score_tasks(model, BYTES, [task(questions)], seq_len=seq_len, batch_size=2)
         assert result["tasks"]["t"]["cut"] == cut
-        said = f"longer than the model reads: {cut} of t" in describe_tasks("m", result)
+        said = f"to fit the window: {cut} of t" in describe_tasks("m", result)
         assert said == (cut > 0)
     assert likelihoods(model, BYTES, [("a", "bcdefgh")], seq_len=3) == pytest.approx(
         likelihoods(model, BYTES, [("e", "fgh")], seq_len=3)

@@ -485,7 +485,7 @@ def test_bad_content_does_not_promise_that_the_same_command_continues(tmp_path, 
     good = write_text(tmp_path / "good.txt", made_up(40))
     (tmp_path / "bad.jsonl").write_text("broken")
     argv = ["--text", good, tmp_path / "bad.jsonl", "--out", tmp_path / "out", "--val-every", 5]
-    fails(argv, "bad.jsonl, line 1", "put that right, and begin again in a new --out")
+    fails(argv, "bad.jsonl: line 1", "put that right, and begin again in a new --out")
     assert (tmp_path / "out/manifest.json").exists()
 
 
@@ -523,9 +523,9 @@ def test_files_of_other_kinds_are_counted_and_can_be_asked_for(tmp_path, capfd, 
         fails(["--text", tmp_path / "in", "--out", tmp_path / "o", "--endings", wrong],
               "begins with a dot", code=2)
     fails(["--text", tmp_path / "in", "--out", tmp_path / "o", "--endings", ".f90"],
-          "no .f90 files", "only 19 files: ")
+          "none ends in .f90", "holds 19 files: ")
     fails(["--text", tmp_path / "in/d.jsonl.zst", "--out", tmp_path / "o"], "d.jsonl.zst",
-          "as .gz or .xz")
+          ".gz or .xz may follow")
 
 
 def test_compressed_files_give_the_same_documents(tmp_path):
@@ -569,10 +569,10 @@ def test_a_file_of_a_folder_that_cannot_be_read_does_not_end_the_work(mixed_fold
         run("--text", folder, "--out", out, "--val-every", 7, "--processes", processes)
         found = read(out, "train") + read(out, "val")
         assert sorted(found) == sorted(texts)
-        lines = [line for line in capfd.readouterr().err.splitlines() if "left out" in line]
+        lines = [line for line in capfd.readouterr().err.splitlines() if "up to an error" in line]
         assert len(lines) == 1
-        assert f"{folder}: files left out from where they cannot be read: 5, " in lines[0]
-        assert f"the first {folder}/b.py, not UTF-8 text (byte 3 cannot be read)" in lines[0]
+        assert f"{folder}: 5 files read only up to an error; " in lines[0]
+        assert f"the first: {folder}/b.py: not UTF-8 text (byte 3 cannot be read)" in lines[0]
     assert contents(tmp_path / "out1") == contents(tmp_path / "out3")
     fails(["--text", folder / "b.py", "--out", tmp_path / "o"], "b.py", "not UTF-8")  # by its name
     only_bad = tmp_path / "bad"
@@ -588,7 +588,7 @@ def test_leaving_out_is_continued_to_identical_bytes(mixed_folder, tmp_path, mon
     argv = ["--text", folder, "--val-every", 7, "--out"]
     run(*argv, tmp_path / "whole")
     take, shown = sources.Source.take, capfd.readouterr().err
-    assert "documents left out for the character NUL: 2, the first in " in shown
+    assert "2 documents with the character NUL left out; the first: in " in shown
     for n in range(1, 64, 3):
         calls = 0
 
@@ -632,7 +632,7 @@ def test_a_document_with_a_nul_is_left_out_where_nul_separates(tmp_path, kind, c
     assert read(tmp_path / "out", "val") == texts[::10]
     assert read(tmp_path / "out", "train") == [t for i, t in enumerate(texts) if i % 10]
     shown = capfd.readouterr().err
-    assert "documents left out for the character NUL: 1, the first in " in shown
+    assert "1 documents with the character NUL left out; the first: in " in shown
 
 
 # Validation text, and what stays as it was
@@ -750,7 +750,7 @@ def test_nothing_to_read(tmp_path, fails):
     (tmp_path / "blank.jsonl").write_text('\n{"text": " "}\n')
     (tmp_path / "short.txt").write_text("a\n<|endoftext|>\nb")
     for name, word in (
-        ("folder", "no .parquet"),
+        ("folder", "none ends in .parquet"),
         ("empty.txt", "no documents"),
         ("blank.jsonl", "no documents"),
         ("short.txt", "use data/prepare.py"),

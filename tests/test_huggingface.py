@@ -779,7 +779,7 @@ def test_a_prompt_has_the_length_that_the_model_itself_names(tmp_path, capsys):
     assert json.loads(out)[0]["text"] == prompt + tokenizer("bytes").decode(want)
     assert "forgot" not in err and load(m).seq_len == 2048  # to measure on
     evaluation.main([*argv, "--seq-len", "2500"])
-    assert "m reads 2,500 tokens at once: of 2,500" in capsys.readouterr().err
+    assert "exceed the window of 2,500: the oldest were forgotten" in capsys.readouterr().err
     question = json.dumps(dict(type="gen", context=prompt, answers=["x"]))
     (tmp_path / "t.jsonl").write_text(question)
     for more, cut in ([], 1), (["--seq-len", "3000"], 0):

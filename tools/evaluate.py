@@ -183,9 +183,9 @@ def write(loaded: Loaded, opt) -> dict:
         print(encoding.decode(ids)[n_printed:], flush=True)
         print(f"{n} tokens at {n / seconds:,.1f} tokens/s, peak memory "
               f"{peak_memory_gib(opt.device):.2f} GiB", file=sys.stderr)
-    if len(prompt) + n - (n == opt.tokens) > window:  # the last of all is not read
-        print(f"{loaded.name} reads {window:,} tokens at once: of {len(prompt):,} in the prompt "
-              f"and {n:,} written it forgot the oldest", file=sys.stderr)
+    if len(prompt) + n - (n == opt.tokens) > window:  # the last of opt.tokens is not read
+        print(f"prompt ({len(prompt):,} tokens) and text ({n:,}) exceed the window of {window:,}: "
+              "the oldest were forgotten", file=sys.stderr)
     return dict(target=loaded.name, text=encoding.decode(ids))
 
 

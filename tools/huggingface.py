@@ -132,6 +132,13 @@ def end_ids(directory: Path, encoding, vocab_size: int) -> list[int]:
     return sorted(found)
 
 
+def ends_of(options: dict, encoding) -> list[int]:
+    """The ids that end a text: those that a model from elsewhere names, perhaps none, or what
+    train.py puts between documents."""
+    named = options.get("end_ids")
+    return [separator(encoding)] if named is None else named
+
+
 def read_object(path: Path) -> dict:
     """The object in a JSON file, empty if there is no such file. Raises ValueError."""
     try:
@@ -220,8 +227,8 @@ def save_llama(model, directory, options: dict, data: dict, evaluation=None, sha
     if model.config.norm != "rms" or model.config.embproj:
         model = model.fold()
     encoding = tokenizer_of(data)
-    end_ids = options.get("end_ids") or [separator(encoding)]
-    theirs = their_model(model, options, end_ids[0])
+    end_ids = ends_of(options, encoding)
+    theirs = their_model(model, options, end_ids[0] if end_ids else None)
     files = {
         TOKENIZER_JSON: data.get("tokenizer_json") or json_from_encoding(encoding),
         "tokenizer_config.json": as_json(tokenizer_config(encoding, options, end_ids)),
@@ -245,7 +252,7 @@ def save_llama(model, directory, options: dict, data: dict, evaluation=None, sha
         raise OSError(f"could not write {directory}: {reason}") from error
 
 
-def their_model(model: Transformer, options: dict, endoftext: int):
+def their_model(model: Transformer, options: dict, endoftext: int | None):
     """transformers' LlamaForCausalLM with the tensors of `model`."""
     transformers, config = require("transformers", PURPOSE), model.config
     read_before = options.get("hf_config", {})  # by load_llama
@@ -270,7 +277,7 @@ def tokenizer_config(encoding, options: dict, end_ids: list) -> dict:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
               "model_max_length": own_length(options), "padding_side": "left",  # text goes on right
               "add_bos_token": False, "add_prefix_space": False}  # llama.cpp would add both
-    special = getattr(encoding, "special", {"<|endoftext|>": end_ids[0]})
+    special = encoding.special if hasattr(encoding, "special") else {"<|endoftext|>": end_ids[0]}
     if ends := [word for word, i in special.items() if i in end_ids]:
         config |= {"bos_token": ends[0], "eos_token": ends[0]}
     return config | json.loads(options.get("hf_files", {}).get("special_tokens_map.json", "{}"))

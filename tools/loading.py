@@ -8,14 +8,14 @@ import numpy as np
 import torch
 
 from data.dataset import TOKENIZER_JSON, Dataset, TextBlocks, find_dataset
-from data.tokenizer import (encode_document, encode_whole, has_borders, separator, split_documents,
+from data.tokenizer import (encode_document, encode_whole, has_borders, split_documents,
                             tokenizer_of)
 from model import Transformer
 from nanoosp.files import read_archive, read_text
 from nanoosp.rotations import SPIN_BATCH
 from nanoosp.run import OPTIMIZERS, check_checkpoint, check_data, label, model_from_checkpoint
 from quantize import GPTQ_SAMPLES, Recipe
-from tools.huggingface import is_llama, load_llama, own_length
+from tools.huggingface import ends_of, is_llama, load_llama, own_length
 from tools.packed import packed_model
 
 
@@ -55,10 +55,8 @@ class Loaded:
 
     @property
     def end_ids(self) -> list[int]:
-        """The ids that end a text: those that a model from elsewhere names, or what train.py puts
-        between documents."""
-        named = self.options.get("end_ids")
-        return [separator(self.encoding)] if named is None else named
+        """The ids that end a text."""
+        return ends_of(self.options, self.encoding)
 
     @property
     def seq_len(self) -> int:

@@ -87,7 +87,7 @@ def describe_tasks(name: str, row: dict) -> str:
     head = ["task", "questions", "acc", "acc_norm", "score", "+-"]
     text = table(head, lines)
     if cut := [f"{r['cut']:,} of {task}" for task, r in row["tasks"].items() if r["cut"]]:
-        text += f"\ncut at the left, being longer than the model reads: {', '.join(cut)}"
+        text += f"\ncut at the left, to fit the window: {', '.join(cut)}"
     return f"{name}\n" + indent(text, "  ")
 
 

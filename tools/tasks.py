@@ -16,9 +16,9 @@ likeliest choice is its answer. A "group" beside the gold gives each group a sco
 A *shot* is another question in front of the one that is asked, with its answer: context + target,
 or context + the right choice.
 
-The rules are those of the paper's harness (lighteval 0.9.2), with two exceptions. Log-probabilities
-are computed in fp32 instead of bf16. And at least one token of a choice counts: where merging over
-the border leaves fewer tokens than the context alone has, the harness scores none, and that wins.
+The rules are those of the paper's harness (lighteval 0.9.2), with two exceptions: log-probabilities
+are computed in fp32 instead of bf16, and at least one token of every choice is scored
+(docs/benchmarks.md).
 Read it top to bottom: scores, likelihood, generation, prompts, task files.
 """
 
@@ -67,8 +67,8 @@ def score_tasks(model, encoding, tasks: list[Task], seq_len: int, batch_size: in
 
     Returns:
         tasks: for each name n, acc, acc_norm (mc only), score (acc_norm for mc, acc for gen), its
-            stderr, `cut`, how many questions were longer than seq_len, and `groups`, the score of
-            each group, if there are several.
+            stderr, `cut`, how many questions were cut at the left to fit seq_len, and `groups`, the
+            score of each group, if there are several.
         benchmarks: for each name the mean score of its tasks.
         average: the mean over benchmarks.
     """
@@ -105,14 +105,14 @@ def judge_choices(model, encoding, task: Task, seq_len: int, batch_size: int) ->
     pairs, cut = [], []
     contexts = prompts(task, encoding, room=seq_len)
     for number, (context, question) in enumerate(zip(contexts, task.questions), 1):
-        cut.append(False)
         for choice in question["choices"]:
             ids, n = encode_pair(encoding, context, choice)
             if n > seq_len:
                 raise ValueError(f"task {task.task}, question {number}: a choice of {n:,} tokens "
                                  f"is longer than the window of {seq_len:,}")
             pairs.append((ids, n))
-            cut[-1] |= len(ids) > seq_len + 1  # as log_likelihoods() does: the last is not read
+        asked = pairs[-len(question["choices"]) :]
+        cut.append(any(len(ids) > seq_len + 1 for ids, _ in asked))  # the last token is not read
     sums = iter(log_likelihoods(model, pairs, seq_len, batch_size, label=task.task))
     acc, acc_norm = [], []
     for question in task.questions:
@@ -166,13 +166,13 @@ def bare(text: str) -> str:
 def encode_pair(encoding, context: str, continuation: str) -> tuple[list[int], int]:
     """(tokens of context + continuation, how many at their end belong to the continuation).
 
-    Both are encoded together, as text was in training. What comes after as many tokens as the
-    context alone has is the continuation. Blanks at the end of the context belong to it, and so
-    does the last token, even if it contains the end of the context.
+    Both are encoded together, as text was in training. The continuation is what is left after as
+    many tokens as the context has without the spaces at its end: at least the last token, even if
+    that contains the end of the context.
     """
     ids = encode_whole(encoding, context + continuation).tolist()
     cut = len(encode_whole(encoding, context.rstrip()))
-    cut = min(cut, len(ids) - 1)  # the last token may contain the end of the context
+    cut = min(cut, len(ids) - 1)
     if cut == 0:  # the first token that is scored needs one before it
         return [separator(encoding), *ids], len(ids)
     return ids, len(ids) - cut

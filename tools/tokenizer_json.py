@@ -45,11 +45,11 @@ def json_from_encoding(encoding: tiktoken.Encoding) -> str:
 
 
 def json_of_bytes() -> str:
-    """The tokenizer.json of "bytes": every letter falls back to its bytes, <0x01> to <0xFF>.
+    """The tokenizer.json of "bytes": every character falls back to its bytes, <0x01> to <0xFF>.
 
-    The byte 0, which stands between documents, is a special token. A blank is spelled as a lower
-    block, U+2581: llama.cpp turns blanks into that before it looks for tokens, and back. So a lower
-    block in a text becomes a blank. (Not where this project reads it: see tokenizer_from_json.)
+    The byte 0, which stands between documents, is a special token. A space is spelled as a lower
+    block, U+2581: llama.cpp turns spaces into that before it looks for tokens, and back. So a lower
+    block in a text becomes a space. (Not where this project reads it: see tokenizer_from_json.)
     """
     from tokenizers import Tokenizer, decoders, models, normalizers
 
