@@ -737,3 +737,12 @@ def test_without_pyarrow_one_line_says_what_to_install(tmp_path, capsys, monkeyp
     monkeypatch.delitem(sys.modules, "pyarrow.parquet", raising=False)
     Path(tmp_path / "rows.parquet").write_bytes(b"")
     assert "needs pyarrow: pip install" in fails(capsys, "piqa", tmp_path / "rows.parquet", "--out", tmp_path / "out")
+
+
+def test_a_choice_without_a_token_is_refused():
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.add_special_tokens(["</s>"])
+    with pytest.raises(ValueError, match="no tokens for the choice ' '"):
+        encode_pair(JsonTokenizer(words.to_str()), "", " ")

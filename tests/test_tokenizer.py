@@ -279,6 +279,13 @@ def test_a_prompt_begins_with_bos_which_is_not_shown(theirs, tmp_path, monkeypat
     assert prompts == [library.encode("ab").ids] and prompts[0][0] == library.token_to_id("<s>")
     assert capsys.readouterr().out.startswith("ab") and prompts[0][0] == 1
 
+    capsys.readouterr()
+    pytest.importorskip("transformers")
+    quantize.main([str(tmp_path / "run"), "--hf", str(tmp_path / "hf")])
+    config = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    assert config["bos_token"] == "<s>" and config["add_bos_token"]
+    assert load(tmp_path / "hf").encoding.beginning == [1]
+
 
 def test_a_tokenizer_that_ends_texts_is_refused_where_a_text_is_to_go_on(theirs, tmp_path):
     for single in ("$A </s>", "<s> $A </s>"):

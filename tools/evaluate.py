@@ -126,7 +126,7 @@ import torch
 from tqdm import tqdm
 
 import eval as evaluation
-from data.tokenizer import beginning, encode_whole, without_token
+from data.tokenizer import beginning, encode_whole, separator, without_token
 from eval import (
     attention_sinks,
     evaluate,
@@ -169,7 +169,8 @@ def write(loaded: Loaded, opt) -> dict:
     window = opt.seq_len or loaded.window
     ids = prompt[len(beginning(encoding)) :]  # BOS is not shown
     n_shown, n_printed, began = len(ids), 0, time.perf_counter()
-    for token in generate(loaded.model, prompt, opt.tokens, window, opt.temperature, opt.top_k,
+    start = prompt or [separator(encoding)]  # a tokenizer may have no token for a blank
+    for token in generate(loaded.model, start, opt.tokens, window, opt.temperature, opt.top_k,
                           opt.seed, never=never):
         if token in loaded.end_ids:
             break

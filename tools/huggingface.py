@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from data.dataset import TOKENIZER_JSON
-from data.tokenizer import JsonTokenizer, separator, tokenizer_of
+from data.tokenizer import JsonTokenizer, beginning, separator, tokenizer_of
 from model import Config, Transformer
 from nanoosp.files import as_json, read_log, read_text, require, whole, write_text
 from tools.tokenizer_json import json_from_encoding
@@ -228,9 +228,12 @@ def save_llama(model, directory, options: dict, data: dict, evaluation=None, sha
         model = model.fold()
     encoding = tokenizer_of(data)
     end_ids = ends_of(options, encoding)
-    theirs = their_model(model, options, end_ids[0] if end_ids else None)
+    theirs = their_model(model, options, end_ids[:1], first_ids(encoding) or end_ids[:1])
+    tokenizer_json = data.get("tokenizer_json") or json_from_encoding(encoding)
+    if "source" in data and not data.get("beginning"):  # it was trained without what this adds
+        tokenizer_json = as_json(json.loads(tokenizer_json) | {"post_processor": None})
     files = {
-        TOKENIZER_JSON: data.get("tokenizer_json") or json_from_encoding(encoding),
+        TOKENIZER_JSON: tokenizer_json,
         "tokenizer_config.json": as_json(tokenizer_config(encoding, options, end_ids)),
         "README.md": model_card(directory.name, model, options, data, evaluation),
     } | options.get("hf_files", {})
@@ -252,7 +255,7 @@ def save_llama(model, directory, options: dict, data: dict, evaluation=None, sha
         raise OSError(f"could not write {directory}: {reason}") from error
 
 
-def their_model(model: Transformer, options: dict, endoftext: int | None):
+def their_model(model: Transformer, options: dict, end: list[int], first: list[int]):
     """transformers' LlamaForCausalLM with the tensors of `model`."""
     transformers, config = require("transformers", PURPOSE), model.config
     read_before = options.get("hf_config", {})  # by load_llama
@@ -260,8 +263,8 @@ def their_model(model: Transformer, options: dict, endoftext: int | None):
         **{name: getattr(config, ours) for ours, name in SHAPE.items()},
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "max_position_embeddings": options["seq_len"],
-        "bos_token_id": endoftext,  # it stands between documents: before one, and after another
-        "eos_token_id": endoftext,
+        "bos_token_id": first[0] if first else None,
+        "eos_token_id": end[0] if end else None,
         "dtype": model.embed.weight.dtype,
     } | read_before)
     theirs.rope_theta = config.rope_theta  # where older readers look for it
@@ -272,6 +275,13 @@ def their_model(model: Transformer, options: dict, endoftext: int | None):
     return llama
 
 
+def first_ids(encoding) -> list[int]:
+    """The ids that texts begin with. None for a tokenizer that ends them too: no text is encoded."""
+    with contextlib.suppress(ValueError):
+        return beginning(encoding)
+    return []
+
+
 def tokenizer_config(encoding, options: dict, end_ids: list) -> dict:
     """tokenizer_config.json, which AutoTokenizer needs, for a tokenizer that came without one."""
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
@@ -280,6 +290,8 @@ def tokenizer_config(encoding, options: dict, end_ids: list) -> dict:
     special = encoding.special if hasattr(encoding, "special") else {"<|endoftext|>": end_ids[0]}
     if ends := [word for word, i in special.items() if i in end_ids]:
         config |= {"bos_token": ends[0], "eos_token": ends[0]}
+    if first := first_ids(encoding):
+        config |= {"bos_token": encoding.inner.id_to_token(first[0]), "add_bos_token": True}
     return config | json.loads(options.get("hf_files", {}).get("special_tokens_map.json", "{}"))
 
 

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.tokenizer import encode_whole, separator, without_token
+from data.tokenizer import beginning, encode_whole, separator, without_token
 from model import hooked
 
 # --------------------------------------------------------------------------------------------------
@@ -168,9 +168,11 @@ def encode_pair(encoding, context: str, continuation: str) -> tuple[list[int], i
 
     Both are encoded together, as text was in training. The continuation is what is left after as
     many tokens as the context has without the spaces at its end: at least the last token, even if
-    that contains the end of the context.
+    that contains the end of the context. Raises ValueError if there is no token at all.
     """
     ids = encode_whole(encoding, context + continuation).tolist()
+    if len(ids) == len(beginning(encoding)):
+        raise ValueError(f"the tokenizer has no tokens for the choice {continuation!r}")
     cut = len(encode_whole(encoding, context.rstrip()))
     cut = min(cut, len(ids) - 1)
     if cut == 0:  # the first token that is scored needs one before it
