@@ -371,7 +371,7 @@ def test_a_prompt_may_be_longer_than_the_model_reads_which_is_said_once(run_dir,
     for more in ([], ["--json"], ["--seq-len", "24"], ["--seq-len", "86"], ["--seq-len", "87"]):
         evaluation.main([*argv, *more])
         texts[" ".join(more)], err = capsys.readouterr()
-        said = "osp reads {} tokens at once: of 80 in the prompt and 8 written it forgot the oldest"
+        said = "prompt (80 tokens) and text (8) exceed the window of {}: the oldest were forgotten"
         window = int(more[-1]) if "--seq-len" in more else 32
         assert err.count("forgot") == (window < 87) and (window == 87 or said.format(window) in err)
     prompt, model = list(b"abc def " * 10), load(run_dir).model
