@@ -17,6 +17,7 @@ the separator, unless the two are the same token.
 
 import contextlib
 import functools
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -77,10 +78,11 @@ def tokenizer_of(meta: dict):
     """The encoding of a dataset, or of a model trained on it, from what read_meta returns."""
     if meta["tokenizer"] != TOKENIZER_JSON:
         return tokenizer(meta["tokenizer"])
-    encoding = tokenizer_from_json(meta["tokenizer_json"])
-    if "source" in meta and not meta.get("beginning"):
-        encoding.beginning = []  # an older dataset ("source"): its documents begin without BOS
-    return encoding
+    text = meta["tokenizer_json"]
+    if "source" in meta and not meta.get("beginning"):  # a dataset, whose documents begin without
+        with contextlib.suppress(ValueError, TypeError):  # JsonTokenizer says what is wrong with it
+            text = json.dumps(json.loads(text) | {"post_processor": None}, ensure_ascii=False)
+    return tokenizer_from_json(text)
 
 
 def tokenizer_from_json(text: str, source=TOKENIZER_JSON):

@@ -18,6 +18,7 @@ from data.dataset import Dataset, open_shard, read_meta
 from data.prepare import prepare
 from data.tokenizer import (JsonTokenizer, beginning, encode, encode_document, encode_whole,
                             separator, tokenizer, tokenizer_for_shards, tokenizer_of)
+from tools.huggingface import save_llama
 from tools.loading import load
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -285,6 +286,12 @@ def test_a_prompt_begins_with_bos_which_is_not_shown(theirs, tmp_path, monkeypat
     config = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
     assert config["bos_token"] == "<s>" and config["add_bos_token"]
     assert load(tmp_path / "hf").encoding.beginning == [1]
+    older = load(tmp_path / "run")  # as if its dataset had been made without <s>
+    del older.data["beginning"]
+    save_llama(older.model, tmp_path / "older", older.options, older.data)
+    assert load(tmp_path / "older").encoding.beginning == []
+    config = json.loads((tmp_path / "older/tokenizer_config.json").read_text())
+    assert config["bos_token"] == config["eos_token"] == "</s>" and not config["add_bos_token"]
 
 
 def test_a_tokenizer_that_ends_texts_is_refused_where_a_text_is_to_go_on(theirs, tmp_path):

@@ -229,15 +229,13 @@ def save_llama(model, directory, options: dict, data: dict, evaluation=None, sha
     encoding = tokenizer_of(data)
     end_ids = ends_of(options, encoding)
     theirs = their_model(model, options, end_ids[:1], first_ids(encoding) or end_ids[:1])
-    tokenizer_json = data.get("tokenizer_json") or json_from_encoding(encoding)
-    if "source" in data and not data.get("beginning"):  # it was trained without what this adds
-        tokenizer_json = as_json(json.loads(tokenizer_json) | {"post_processor": None})
+    known = getattr(encoding, "text", data.get("tokenizer_json"))
     files = {
-        TOKENIZER_JSON: tokenizer_json,
-        "tokenizer_config.json": as_json(tokenizer_config(encoding, options, end_ids)),
         "README.md": model_card(directory.name, model, options, data, evaluation),
-    } | options.get("hf_files", {})
-    files["tokenizer_config.json"] = with_pad_token(files)
+        **options.get("hf_files", {}),
+        TOKENIZER_JSON: known or json_from_encoding(encoding),
+        "tokenizer_config.json": tokenizer_config(encoding, options, end_ids),
+    }
     try:
         with whole(directory, f".tmp-{os.getpid()}") as temporary:
             temporary.mkdir()
@@ -276,33 +274,37 @@ def their_model(model: Transformer, options: dict, end: list[int], first: list[i
 
 
 def first_ids(encoding) -> list[int]:
-    """The ids that texts begin with. None for a tokenizer that ends them too: no text is encoded."""
+    """The ids that texts begin with; none where it ends them too: no text is encoded."""
     with contextlib.suppress(ValueError):
         return beginning(encoding)
     return []
 
 
-def tokenizer_config(encoding, options: dict, end_ids: list) -> dict:
-    """tokenizer_config.json, which AutoTokenizer needs, for a tokenizer that came without one."""
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-              "model_max_length": own_length(options), "padding_side": "left",  # text goes on right
-              "add_bos_token": False, "add_prefix_space": False}  # llama.cpp would add both
-    special = encoding.special if hasattr(encoding, "special") else {"<|endoftext|>": end_ids[0]}
-    if ends := [word for word, i in special.items() if i in end_ids]:
-        config |= {"bos_token": ends[0], "eos_token": ends[0]}
-    if first := first_ids(encoding):
-        config |= {"bos_token": encoding.inner.id_to_token(first[0]), "add_bos_token": True}
-    return config | json.loads(options.get("hf_files", {}).get("special_tokens_map.json", "{}"))
-
-
-def with_pad_token(files: dict) -> str:
-    """tokenizer_config.json, with the end-of-text token to pad batches if no token is named."""
-    config, words = (json.loads(files.get(name, "{}"))
-                     for name in ("tokenizer_config.json", "special_tokens_map.json"))
+def tokenizer_config(encoding, options: dict, end_ids: list) -> str:
+    """tokenizer_config.json, which AutoTokenizer needs: the one that came with the model, or ours.
+    Where no token is named to pad batches with, the end of text becomes that."""
+    files = options.get("hf_files", {})
+    words, text = json.loads(files.get("special_tokens_map.json", "{}")), None
+    if "tokenizer_config.json" in files:
+        text = files["tokenizer_config.json"]
+        config = json.loads(text)
+    else:
+        config = {"tokenizer_class": "PreTrainedTokenizerFast",
+                  "clean_up_tokenization_spaces": False, "model_max_length": own_length(options),
+                  "padding_side": "left",  # text goes on right
+                  "add_bos_token": False, "add_prefix_space": False}  # llama.cpp would add both
+        special = getattr(encoding, "special", None)
+        if special is None:  # tiktoken's
+            special = {"<|endoftext|>": end_ids[0]}
+        if ends := [word for word, i in special.items() if i in end_ids]:
+            config |= {"bos_token": ends[0], "eos_token": ends[0]}
+        if first := first_ids(encoding):
+            config |= {"bos_token": encoding.inner.id_to_token(first[0]), "add_bos_token": True}
+        config |= words
     end = config.get("eos_token") or words.get("eos_token")
-    if config.get("pad_token") or words.get("pad_token") or not end:
-        return files["tokenizer_config.json"]
-    return as_json(config | {"pad_token": end})
+    if end and not (config.get("pad_token") or words.get("pad_token")):
+        return as_json(config | {"pad_token": end})
+    return text or as_json(config)
 
 
 CARD = """---
