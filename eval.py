@@ -326,6 +326,7 @@ def generate(model, tokens, n, window, temperature=1.0, top_k=None, seed=0, use_
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
+    never = torch.tensor([*never], dtype=torch.long, device=device)
     context, cache, unread = tokens, model.new_cache(), tokens
     for still_to_come in range(n, 0, -1):
         if len(context) > window:
@@ -335,7 +336,7 @@ def generate(model, tokens, n, window, temperature=1.0, top_k=None, seed=0, use_
         logits = model(inputs, cache=cache if use_cache else None)[0, -1]
         if not logits.isfinite().all():
             raise ArithmeticError("the logits are not finite: there is nothing to draw from")
-        logits[list(never)] = -math.inf
+        logits[never] = -math.inf
         if top_k:
             logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -math.inf
         if temperature < 1e-30:  # dividing by it would overflow

@@ -166,13 +166,13 @@ def write(loaded: Loaded, opt) -> dict:
         loaded.model.bfloat16()  # most of the time goes into reading weights
     encoding, prompt = loaded.encoding, encode_whole(loaded.encoding, opt.prompt).tolist()
     never = without_token(encoding, loaded.model.config.vocab_size)
-    window = opt.seq_len or loaded.window
+    window, end_ids = opt.seq_len or loaded.window, loaded.end_ids
     ids = prompt[len(beginning(encoding)) :]  # BOS is not shown
     n_shown, n_printed, began = len(ids), 0, time.perf_counter()
     start = prompt or [separator(encoding)]  # a tokenizer may have no token for a blank
     for token in generate(loaded.model, start, opt.tokens, window, opt.temperature, opt.top_k,
                           opt.seed, never=never):
-        if token in loaded.end_ids:
+        if token in end_ids:
             break
         ids.append(token)
         text = encoding.decode(ids)
