@@ -79,28 +79,28 @@ def shakespeare() -> tuple[list[str], list[str], str]:
 def split_text(text: str) -> tuple[list[str], list[str]]:
     """(training documents, validation documents), divided as the top of this file says. Raises
     ValueError for an empty text."""
-    parts = split_documents(text)
-    if not parts:
+    documents = split_documents(text)
+    if not documents:
         raise ValueError("the text is empty")
-    if len(parts) >= 20:
-        return [d for i, d in enumerate(parts) if i % 20 != 19], parts[19::20]
-    if len(parts) > 1:
-        return parts[:-1], parts[-1:]
-    [single] = parts
+    if len(documents) >= 20:
+        return [d for i, d in enumerate(documents) if i % 20 != 19], documents[19::20]
+    if len(documents) > 1:
+        return documents[:-1], documents[-1:]
+    [single] = documents
     cut = single.rfind("\n", int(0.90 * len(single)), int(0.95 * len(single)))
     cut = cut if cut > 0 else int(0.95 * len(single))  # there is no line break
     return [single[:cut].strip()], [single[cut:].strip()]
 
 
-def encode_all(texts: list[str], encoding, split: str) -> np.ndarray:
+def encode_all(documents: list[str], encoding, split: str) -> np.ndarray:
     """All documents as one uint16 array, each after a separator token."""
 
     def tokens(document):
         return encode_document(encoding, document).astype(np.uint16)
 
     with ThreadPoolExecutor() as pool:  # tokenizers release Python's lock
-        parts = pool.map(tokens, texts)
-        bar = tqdm(parts, f"tokenize {split}", len(texts), disable=None, leave=False)
+        parts = pool.map(tokens, documents)
+        bar = tqdm(parts, f"tokenize {split}", len(documents), disable=None, leave=False)
         return np.concatenate(list(bar))
 
 
@@ -119,9 +119,9 @@ def prepare(out: Path, tokenizer_name: str, text: Path | None = None) -> dict:
     with whole(out, suffix=f".tmp-{os.getpid()}") as folder:
         folder.mkdir()
         n_tokens, n_bytes = {}, {}
-        for split, texts in (("train", train), ("val", val)):
+        for split, documents in (("train", train), ("val", val)):
             try:
-                tokens = encode_all(texts, encoding, split)
+                tokens = encode_all(documents, encoding, split)
             except ValueError as error:
                 raise ValueError(f"{text or PLAYS}: {error}") from error
             if len(tokens) < 100:
@@ -130,7 +130,7 @@ def prepare(out: Path, tokenizer_name: str, text: Path | None = None) -> dict:
                 shard = folder / f"{split}_{i // SHARD_TOKENS:06d}.bin"
                 write_shard(shard, tokens[i : i + SHARD_TOKENS])
             n_tokens[split] = len(tokens)
-            n_bytes[split] = sum(len(document.encode()) for document in texts)
+            n_bytes[split] = sum(len(document.encode()) for document in documents)
         meta = write_meta(folder, encoding, n_tokens, n_bytes, sha256)
         for split in n_tokens:
             Dataset(folder, split, seq_len=1)  # raises if what was written cannot be read

@@ -87,8 +87,8 @@ def local_files(name: str, endings=ENDINGS) -> tuple[list[File], list[str]]:
     if not files:
         found = describe_left_out(names) if names else "nothing"
         what = f"holds {found}; none ends in" if is_folder else "ends in none of"
-        raise ValueError(f"{name} {what} {' '.join(endings)} (--endings reads others as text; .gz or "
-                         ".xz may follow)")
+        raise ValueError(f"{name} {what} {' '.join(endings)} (--endings reads others as text; .gz "
+                         "or .xz may follow)")
     return files, [name for name in names if not has_ending(name, endings)]
 
 

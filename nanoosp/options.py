@@ -22,8 +22,9 @@ import os
 import re
 import signal
 import sys
+from pathlib import Path
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = Path(__file__).resolve().parent.parent
 NOTES = r"\n\n(?:Glossary|Words used here|Deviations|Read it top to bottom)"  # a docstring's part for readers of the code
 
 
@@ -115,7 +116,7 @@ def early(script: str, options: type, check=lambda opt: None):
     """If `script` is the program that runs: answer --help and report mistakes in its options now, before the slow import
     of torch. Until command() takes over, Ctrl-C ends it at once."""
     main = sys.modules["__main__"]
-    if os.path.abspath(getattr(main, "__file__", None) or "") == os.path.join(ROOT, script):
+    if Path(getattr(main, "__file__", None) or "").resolve() == ROOT / script:
         signal.signal(signal.SIGINT, exit_at_once)
         check(parse(options, main.__doc__))
 

@@ -15,14 +15,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from nanoosp.files import read_archive, save_archive, write_text
-from nanoosp.options import check_ranges, fail, flag, option
+from nanoosp.options import ROOT, check_ranges, fail, flag, option
 
 try:
     import fcntl  # not on Windows
 except ImportError:
     fcntl = None
 
-ROOT = Path(__file__).resolve().parent.parent
 LAST_GOOD = "the run's checkpoint is the last good state. Try a lower --lr"
 AGAIN = "NANOOSP_AGAIN"  # environment variable: the command that goes on, where it is not the run's own --resume
 NAMED = ("lr", "embed_lr", "weight_decay", "steps", "seed")  # options that a new run's directory names, if given

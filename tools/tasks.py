@@ -128,7 +128,7 @@ def likeliest(scores: list[float]) -> int:
     return scores.index(max(scores))
 
 
-def judge_writing(model, encoding, task: Task, seq_len: int, batch_size: int, end_ids=None) -> dict:
+def judge_writing(model, encoding, task: Task, seq_len: int, batch_size: int, end_ids) -> dict:
     """For every question: does what the model writes match an answer, and was it cut at the left?
 
     A prompt that leaves no room for max_new tokens is cut at the left, to half a window at least.
