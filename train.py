@@ -33,7 +33,7 @@ PRESETS = {
     "toy": dict(  # one GPU, under a minute
         n_layer=6, n_head=6, n_embd=384, seq_len=256, batch_size=64, steps=1000,
         adam_lr=1e-3, muon_lr=4e-3, eval_windows=512),
-    "small": dict(  # GPT-2's size, for real text; not swept
+    "small": dict(  # GPT-2's size, for real text; both rates trained once (results/README.md)
         n_layer=12, n_head=12, n_embd=768, seq_len=1024, batch_size=256, steps=4000,
         adam_lr=1e-3, muon_lr=2e-3, eval_windows=256, micro=16, eval_every=200, save_every=200),
     "1.4b": dict(  # the paper's: 2^22 tokens per step, 100B in all

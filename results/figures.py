@@ -1,6 +1,6 @@
 """Figures that only results/ draws, beside those of tools/plot.py."""
 
-from tools.plot import draw_points, kurtosis_axis, legend_above, panels, plt
+from tools.plot import draw_points, kurtosis_axis, legend_above, letter, panels, plt, style
 
 ADDED_TICKS = (0.02, 0.03, 0.05, 0.1, 0.2, 0.3)  # of loss added at four bits
 COLORS, LINES = plt.get_cmap("Dark2"), ("-", "--", "-.", ":")
@@ -29,6 +29,40 @@ def draw_knob(by_rate: dict, by_length: dict, floor: float, highest_loss: float)
     for axis in axes[3:]:
         axis.set_xticks(steps, [str(n) for n in steps])
     legend_above(figure, axes[0])
+    return figure
+
+
+def draw_pay_off(series: list[tuple[str, list[dict]]], added: dict, floor: float):
+    """Loss, kurtosis and what 4-4-4 adds, against training tokens.
+
+    Args:
+        series: (label, records of log.jsonl), one a run.
+        added: for each (label, method) its (million tokens, loss added). The first method is solid.
+        floor: the kurtosis of Gaussian vectors of this width.
+    """
+    figure, axes = panels(3)
+    loss, kurtosis, cost = axes
+    for label, log in series:
+        points = [r for r in log if "val_loss" in r]
+        millions = [r["tokens"] / 1e6 for r in points]
+        look = dict(color=style(label)[0], label=label)
+        loss.plot(millions[1:], [r["val_loss"] for r in points][1:], **look)
+        kurtosis.plot(millions, [r["kurtosis"] for r in points], **look)
+    methods = list(dict.fromkeys(method for _, method in added))
+    for (label, method), points in added.items():
+        cost.plot(*zip(*points), color=style(label)[0], marker=".",
+                  linestyle=LINES[methods.index(method)])
+    for method, line in zip(methods, LINES):
+        cost.plot([], [], color="black", linestyle=line, label=method)
+    cost.legend(fontsize=8)
+    cost.set_ylim(0, 1.4 * cost.get_ylim()[1])  # room for the legend
+    kurtosis_axis(kurtosis, floor)
+    titles = "validation loss", "excess kurtosis", "loss added by 4-4-4 (code)"
+    for i, (axis, title) in enumerate(zip(axes, titles)):
+        axis.set_xlabel("training tokens (millions)")
+        axis.grid(alpha=0.3)
+        letter(axis, i, title)
+    legend_above(figure, loss)
     return figure
 
 

@@ -15,6 +15,8 @@
     adam_parts/             SSNorm and EmbProj for an Adam with outliers: tiny at twice its best
                             rate, two seeds, on a CPU
     books/                  six models of books: rates tried, all methods of quantize.py, bits
+    small/                  GPT-2's size on books, documentation and code: documents.py, which makes
+                            the text, and two models; stages.jsonl: what 4 bits cost on the way
     ffn_hidden/             trace.py, and what it wrote for every variant of the norms' gains
     speed/                  what --bench and the comparisons measured, one line each
     first_minute/*.txt      what the first commands printed
@@ -55,7 +57,7 @@ from results.ffn_hidden.trace import VARIANTS  # noqa: E402
 
 METHODS = ("rtn", "had", "gptq", "quarot", "spinquant")
 ABLATION_BITS = ("4-4-16", "4-4-4", "3-3-3")
-FLOOR = -6 / 385  # the kurtosis of Gaussian vectors with 384 channels, the width of these models
+FLOOR = -6 / 385  # the kurtosis of Gaussian vectors with 384 channels, the width of most models
 KNOB = ("Adam", "Muon-only", "Muon", "OSP")
 BOOKS = {  # with their learning rates
     "books-adam-1e-3": "Adam, 0.001",
@@ -65,6 +67,8 @@ BOOKS = {  # with their learning rates
     "books-muon": "Muon, 0.002",
     "books-osp": "OSP, 0.002",
 }
+TEXTS = {"books": "books", "docs": "documentation", "code": "code"}  # held-out texts of small/
+SMALL_STEP = 256 * 1024  # tokens
 ROWS = ("adam", "adam-hot", "muon-only", "muon", "muon-ssnorm", "muon-embproj", "osp")
 ADDED = ("added at 4-4-4, rtn", "had")  # heads of the two columns that both_added() fills
 KERNELS = {  # what a GPU's kernel is for, by words in its name; the first match counts
@@ -363,6 +367,67 @@ def knob(what: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
+# small on real text
+
+
+def small_runs(text: str | None) -> list[dict]:
+    """Adam's and OSP's, measured on this held-out text; on the mixture's own if None."""
+    return [run for run in records("small/runs.jsonl") if run.get("text") == text]
+
+
+def small() -> str:
+    texts, rows = [small_runs(text) for text in TEXTS], []
+    for mixture, *held in zip(small_runs(None), *texts):
+        e, books = mixture["eval"], held[0]["eval"]
+        sink = max(max(shares) for shares in books["sinks"]["share"])
+        rows.append([with_rate(e), f"{e['val_loss']:.4f}",
+                     *(f"{run['eval']['val_loss']:.4f}" for run in held), f"{e['kurtosis']:.2f}",
+                     f"{books['kurtosis_as_published']:.2f}", f"{largest_ratio(held[0]):,.0f}",
+                     f"{sink:.0%}"])
+    floors = kurtosis_heads(texts[0])
+    return markdown(["model (learning rate)", "validation loss", *TEXTS.values(), *floors,
+                     "largest / median", "largest sink"], rows)
+
+
+def small_methods() -> str:
+    rows = []
+    for text, name in TEXTS.items():
+        for run in small_runs(text):
+            e = run["eval"]
+            results = e["quantized"]["4-4-4"]
+            best = min(result["val_loss"] for result in results.values())
+            rows.append([name, with_rate(e), f"{e['val_loss']:.4f}",
+                         *(f"{results[method]['added']:+.4f}" for method in METHODS),
+                         f"{best:.4f}"])
+    return markdown(["text", "model (learning rate)", "loss", *METHODS, "best loss at 4-4-4"], rows)
+
+
+def small_parts() -> str:
+    columns = [("4-16-16", method) for method in ("rtn", "had", "gptq")]
+    columns += [("16-4-16", method) for method in ("rtn", "had")]
+    rows = [[with_rate(run["eval"]), *(f"{added(*column)(run):+.4f}" for column in columns)]
+            for run in small_runs("code")]
+    return markdown(["model (learning rate)", *(" ".join(column) for column in columns)], rows)
+
+
+def small_stages() -> str:
+    """A row for each stage: loss, kurtosis and cost at 4-4-4 of both models, on held-out code."""
+    found = [r for r in records("small/stages.jsonl") if r["text"] == "code"]
+    kurtosis = {(name, r["step"]): r["kurtosis"] for name, log in logs("small").items()
+                for r in log if "kurtosis" in r}
+    rows = []
+    for (step,), group in sorted(grouped(found, "step").items()):
+        row = [f"{step * SMALL_STEP / 1e6:,.0f}M"]
+        for (name,), (rtn, had) in grouped(group, "name").items():
+            row += [f"{rtn['exact']:.4f}", f"{kurtosis[name, step]:.2f}",
+                    f"{rtn['added']:+.4f}", f"{had['added']:+.4f}"]
+        rows.append(row)
+    heads = [f"{label}: {head}" for label in ("Adam", "OSP")
+             for head in ("loss", "excess kurtosis", "4-4-4 adds", "with a Hadamard")]
+    return markdown(["tokens", *heads], rows)
+
+
+# --------------------------------------------------------------------------------------------------
 # The FFN's hidden state, speed, the laptop's tables
 
 
@@ -542,6 +607,12 @@ TABLES = {
     "embed_lr": embed_lr,
     "formats_books": lambda: formats(records("decay/runs.jsonl")),
     "formats_toy": lambda: formats(records("ablation_toy/runs.jsonl")),
+    "formats_small": lambda: formats(small_runs("code")),
+    "small": small,
+    "small_methods": small_methods,
+    "small_stages": small_stages,
+    "small_parts": small_parts,
+    "small_sites": lambda: by_site([(run["eval"]["label"], [run]) for run in small_runs("code")]),
     "decay_books": lambda: decay("books"),
     "decay_toy": lambda: decay("toy"),
     "rounding": rounding,
@@ -578,7 +649,7 @@ def filled(page: str) -> str:
 def figures():
     import torch
 
-    from results.figures import draw_knob, draw_traces
+    from results.figures import draw_knob, draw_pay_off, draw_traces
     from tools import plot
 
     assets = HERE / "figures"
@@ -591,6 +662,17 @@ def figures():
     logged = logs("books")
     series = [(label, logged[name]) for name, label in BOOKS.items()]
     yield plot.save(plot.draw_curves(series, FLOOR, 4.4), assets / "books_curves.png")
+
+    labels = {run["name"]: run["eval"]["label"] for run in small_runs(None)}
+    series = [(labels[name], log) for name, log in logs("small").items()]
+    costs = {"rounded to nearest": "rtn", "with a Hadamard in the FFN": "had"}
+    stages = {(r["label"], name): [] for r in records("small/stages.jsonl") for name in costs}
+    for (label, name), points in stages.items():
+        points += sorted((r["step"] * SMALL_STEP / 1e6, r["added"])
+                         for r in records("small/stages.jsonl")
+                         if (r["label"], r["method"], r["text"]) == (label, costs[name], "code"))
+    floor = records("small/runs.jsonl")[0]["eval"]["kurtosis_floor"]
+    yield plot.save(draw_pay_off(series, stages, floor), assets / "small.png")
 
     def points(what):
         found = {}

@@ -11,6 +11,7 @@ from data import benchmarks, corpus, prepare
 from nanoosp.options import build_parser
 from results.ffn_hidden import trace
 from results.rounding.measure import RoundingOptions
+from results.small.documents import DocumentsOptions
 from results.tables import PAGES, TABLES, filled, kind
 from tools import evaluate, export
 
@@ -19,9 +20,10 @@ TEXTS = {path: path.read_text(encoding="utf-8") for path in PAGES}
 ALL_TEXT = re.sub(r"<!--.*?-->", "", "\n".join(TEXTS.values()))
 
 OPTIONS = (train.Options, evaluate.Options, export.Options, prepare.Options, corpus.Options,
-           benchmarks.Options, trace.TraceOptions, RoundingOptions)
+           benchmarks.Options, trace.TraceOptions, RoundingOptions, DocumentsOptions)
 PARSERS = [build_parser(options, "") for options in OPTIONS]
-FOREIGN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--local-dir"}
+FOREIGN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--local-dir",
+           "--additional-suffix", "--exclude"}
 
 
 def headings(page: str) -> set[str]:
