@@ -37,7 +37,8 @@ def draw_pay_off(series: list[tuple[str, list[dict]]], added: dict, floor: float
 
     Args:
         series: (label, records of log.jsonl), one a run.
-        added: for each (label, method) its (million tokens, loss added). The first method is solid.
+        added: for each (label, method) its (million tokens, loss added on code). The first
+            method's line is solid, the second's dashed.
         floor: the kurtosis of Gaussian vectors of this width.
     """
     figure, axes = panels(3)
@@ -46,7 +47,7 @@ def draw_pay_off(series: list[tuple[str, list[dict]]], added: dict, floor: float
         points = [r for r in log if "val_loss" in r]
         millions = [r["tokens"] / 1e6 for r in points]
         look = dict(color=style(label)[0], label=label)
-        loss.plot(millions[1:], [r["val_loss"] for r in points][1:], **look)
+        loss.plot(millions[1:], [r["val_loss"] for r in points[1:]], **look)  # not the untrained
         kurtosis.plot(millions, [r["kurtosis"] for r in points], **look)
     methods = list(dict.fromkeys(method for _, method in added))
     for (label, method), points in added.items():
@@ -57,9 +58,10 @@ def draw_pay_off(series: list[tuple[str, list[dict]]], added: dict, floor: float
     cost.legend(fontsize=8)
     cost.set_ylim(0, 1.4 * cost.get_ylim()[1])  # room for the legend
     kurtosis_axis(kurtosis, floor)
-    titles = "validation loss", "excess kurtosis", "loss added by 4-4-4 (code)"
+    titles = "validation loss (nats)", "excess kurtosis", "loss added by 4-4-4 (code)"
     for i, (axis, title) in enumerate(zip(axes, titles)):
         axis.set_xlabel("training tokens (millions)")
+        axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
         letter(axis, i, title)
     legend_above(figure, loss)

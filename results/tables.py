@@ -377,15 +377,15 @@ def small_runs(text: str | None) -> list[dict]:
 
 def small() -> str:
     texts, rows = [small_runs(text) for text in TEXTS], []
-    for mixture, *held in zip(small_runs(None), *texts):
-        e, books = mixture["eval"], held[0]["eval"]
-        sink = max(max(shares) for shares in books["sinks"]["share"])
-        rows.append([with_rate(e), f"{e['val_loss']:.4f}",
-                     *(f"{run['eval']['val_loss']:.4f}" for run in held), f"{e['kurtosis']:.2f}",
-                     f"{books['kurtosis_as_published']:.2f}", f"{largest_ratio(held[0]):,.0f}",
-                     f"{sink:.0%}"])
+    for mixture, *held in zip(small_runs(None), *texts, strict=True):
+        e, books = mixture["eval"], held[0]
+        sink = max(max(shares) for shares in books["eval"]["sinks"]["share"])
+        losses = [f"{run['eval']['val_loss']:.4f}" for run in (mixture, *held)]
+        rows.append([with_rate(e), *losses, f"{e['kurtosis']:.2f}",
+                     f"{books['eval']['kurtosis_as_published']:.2f}",
+                     f"{largest_ratio(books):,.0f}", f"{sink:.0%}"])
     floors = kurtosis_heads(texts[0])
-    return markdown(["model (learning rate)", "validation loss", *TEXTS.values(), *floors,
+    return markdown(["model (learning rate)", "loss: mixture", *TEXTS.values(), *floors,
                      "largest / median", "largest sink"], rows)
 
 
@@ -411,20 +411,20 @@ def small_parts() -> str:
 
 
 def small_stages() -> str:
-    """A row for each stage: loss, kurtosis and cost at 4-4-4 of both models, on held-out code."""
-    found = [r for r in records("small/stages.jsonl") if r["text"] == "code"]
+    """A row for each text and stage: loss, kurtosis and cost at 4-4-4 of both models."""
     kurtosis = {(name, r["step"]): r["kurtosis"] for name, log in logs("small").items()
                 for r in log if "kurtosis" in r}
     rows = []
-    for (step,), group in sorted(grouped(found, "step").items()):
-        row = [f"{step * SMALL_STEP / 1e6:,.0f}M"]
-        for (name,), (rtn, had) in grouped(group, "name").items():
-            row += [f"{rtn['exact']:.4f}", f"{kurtosis[name, step]:.2f}",
-                    f"{rtn['added']:+.4f}", f"{had['added']:+.4f}"]
+    for (text, step), group in grouped(records("small/stages.jsonl"), "text", "step").items():
+        row = [TEXTS[text], f"{step * SMALL_STEP / 1e6:,.0f}M"]
+        for name in ("small-adam", "small-osp"):
+            cost = {r["method"]: r for r in group if r["name"] == name}
+            row += [f"{cost['rtn']['exact']:.4f}", f"{kurtosis[name, step]:.2f}",
+                    *(f"{cost[method]['added']:+.4f}" for method in ("rtn", "had"))]
         rows.append(row)
     heads = [f"{label}: {head}" for label in ("Adam", "OSP")
-             for head in ("loss", "excess kurtosis", "4-4-4 adds", "with a Hadamard")]
-    return markdown(["tokens", *heads], rows)
+             for head in ("loss", "kurtosis (mixture)", "4-4-4 adds", "with a Hadamard")]
+    return markdown(["text", "tokens", *heads], rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -665,12 +665,10 @@ def figures():
 
     labels = {run["name"]: run["eval"]["label"] for run in small_runs(None)}
     series = [(labels[name], log) for name, log in logs("small").items()]
-    costs = {"rounded to nearest": "rtn", "with a Hadamard in the FFN": "had"}
-    stages = {(r["label"], name): [] for r in records("small/stages.jsonl") for name in costs}
-    for (label, name), points in stages.items():
-        points += sorted((r["step"] * SMALL_STEP / 1e6, r["added"])
-                         for r in records("small/stages.jsonl")
-                         if (r["label"], r["method"], r["text"]) == (label, costs[name], "code"))
+    methods, stages = {"rtn": "rounded to nearest", "had": "with a Hadamard in the FFN"}, {}
+    for r in (r for r in records("small/stages.jsonl") if r["text"] == "code"):
+        point = r["step"] * SMALL_STEP / 1e6, r["added"]
+        stages.setdefault((r["label"], methods[r["method"]]), []).append(point)
     floor = records("small/runs.jsonl")[0]["eval"]["kurtosis_floor"]
     yield plot.save(draw_pay_off(series, stages, floor), assets / "small.png")
 

@@ -3,9 +3,10 @@
     find usr/share/doc -name '*.html' | python results/small/documents.py docs
 
 It writes text/train/docs.txt and text/held/docs.txt, with a line <|endoftext|> after every document.
-HTML becomes plain text. Left out are files of less than 1,000 bytes, of less than 40 % letters, with
-lines of 5,000 bytes, that programs wrote, and exact repetitions. One in a hundred is held out, by its
-hash; the held-out text ends with 2 MB.
+HTML becomes plain text. Left out are files of less than 1,000 bytes or of less than 40 % letters, those
+with lines of 5,000 bytes, those that say at their beginning that a program wrote them, and repetitions
+(white space aside). One document in a hundred is held out, by its hash. Once the held-out text has
+2 MB, further ones go into neither.
 """
 
 import hashlib
@@ -44,11 +45,11 @@ def document(path: str) -> bytes | None:
     """The text of a file, tidied; None if it is left out."""
     try:
         text = Path(path).read_bytes().decode()
-    except UnicodeDecodeError:
+        for pattern, new in HTML if path.endswith("html") else ():
+            text = pattern.sub(new, text)
+        text = re.sub(r"\n{3,}", "\n\n", re.sub(r"(?m)[ \t\r]+$", "", text)).encode()
+    except (ValueError, OverflowError):  # not UTF-8, or &#...; names no character
         return None
-    for pattern, new in HTML if path.endswith("html") else ():
-        text = pattern.sub(new, text)
-    text = re.sub(r"\n{3,}", "\n\n", re.sub(r"(?m)[ \t\r]+$", "", text)).encode()
     letters = len(text) - len(text.translate(None, LETTERS))
     odd = len(text) < 1000 or letters < 0.4 * len(text) or re.search(rb"(?m)^.{5000}", text)
     return None if odd or GENERATED.search(text[:1000]) else text
