@@ -59,8 +59,8 @@ def document(path: str) -> bytes | None:
 def main(argv=None):
     opt = parse(DocumentsOptions, __doc__, argv)
     train, held = (opt.out / split / f"{opt.name}.txt" for split in ("train", "held"))
-    seen, written = set(), {train: 0, held: 0}
-    for path in written:
+    seen = set()  # digests
+    for path in (train, held):
         path.parent.mkdir(parents=True, exist_ok=True)
     paths = sorted(sys.stdin.read().splitlines(), key=os.fsencode)  # in the same order everywhere
     with train.open("wb") as train_file, held.open("wb") as held_file:
