@@ -163,14 +163,18 @@ def books_runs() -> dict[str, dict]:
     return {run["name"]: run for run in records("books/runs.jsonl")}
 
 
+def method_cells(e: dict) -> list[str]:
+    """What 4-4-4 adds with each method, and the best loss."""
+    results = e["quantized"]["4-4-4"]
+    best = min(result["val_loss"] for result in results.values())
+    return [*(f"{results[method]['added']:+.4f}" for method in METHODS), f"{best:.4f}"]
+
+
 def books_methods() -> str:
     runs, rows = books_runs(), []
     for name, label in BOOKS.items():
         e = runs[name]["eval"]
-        results = e["quantized"]["4-4-4"]
-        best = min(result["val_loss"] for result in results.values())
-        rows.append([label, f"{e['val_loss']:.4f}", f"{e['kurtosis']:.2f}",
-                     *(f"{results[method]['added']:+.4f}" for method in METHODS), f"{best:.4f}"])
+        rows.append([label, f"{e['val_loss']:.4f}", f"{e['kurtosis']:.2f}", *method_cells(e)])
     heads = kurtosis_heads([runs["books-osp"]])
     return markdown(["", "validation loss", heads[0], *METHODS, "best loss at 4-4-4"], rows)
 
@@ -394,11 +398,7 @@ def small_methods() -> str:
     for text, name in TEXTS.items():
         for run in small_runs(text):
             e = run["eval"]
-            results = e["quantized"]["4-4-4"]
-            best = min(result["val_loss"] for result in results.values())
-            rows.append([name, with_rate(e), f"{e['val_loss']:.4f}",
-                         *(f"{results[method]['added']:+.4f}" for method in METHODS),
-                         f"{best:.4f}"])
+            rows.append([name, with_rate(e), f"{e['val_loss']:.4f}", *method_cells(e)])
     return markdown(["text", "model (learning rate)", "loss", *METHODS, "best loss at 4-4-4"], rows)
 
 
