@@ -92,6 +92,7 @@ from data.splits import open_datasets
 from eval import at_four_bits, evaluate
 from model import Config, Transformer
 from muon import make_optimizers
+from nanoosp.float8 import compute_in
 from nanoosp.machine import Ranks, StopSignal, freeze_garbage, peak_memory_gib, pick_device, say
 from nanoosp.summary import optimizer_table
 
@@ -119,15 +120,15 @@ def build(opt, n_ids: int, ranks):
     torch.manual_seed(opt.seed)
     with torch.device(ranks.device if opt.device == "cuda" else "cpu"):  # fast init
         model = Transformer(model_config(opt, n_ids)).to(ranks.device)
-    model.compute_dtype, model.recompute = getattr(torch, opt.dtype), bool(opt.recompute)
+    model.recompute = bool(opt.recompute)
+    compute_in(model, opt.dtype)
     optimizers = make_optimizers(model, opt.optimizer, opt.lr, opt.embed_lr, opt.weight_decay)
     if opt.compile:
         for block in model.blocks:
             block.compile()  # blocks share one compiled program: seconds, not minutes
         model.output = torch.compile(model.output)
-    if ranks.world == 1:
-        return model, optimizers, model
-    return model, optimizers, DistributedDataParallel(model, gradient_as_bucket_view=True)
+    ddp = dict(gradient_as_bucket_view=True)
+    return model, optimizers, model if ranks.world == 1 else DistributedDataParallel(model, **ddp)
 
 
 def backward(forward, batch, micro_batch_size: int, ranks):
@@ -168,9 +169,8 @@ def train(opt, state, ranks) -> dict:
     run.open_log(start)
     if start == 0:
         evaluate_and_log(0)
-    seconds = []
-    bar = tqdm(range(start + 1, opt.steps + 1), initial=start, total=opt.steps,
-               disable=None if ranks.first else True)
+    seconds, steps = [], range(start + 1, opt.steps + 1)
+    bar = tqdm(steps, initial=start, total=opt.steps, disable=None if ranks.first else True)
     for step in bar:
         # ------------------------------------------------------ one step of the optimizers
         began = time.perf_counter()

@@ -60,8 +60,9 @@ class RunOptions:
                              "200, 1.4b 250)", may_change=True)
     device: str = option(None, "default: the first of these that is there", may_change=True,
                          choices=["cuda", "mps", "cpu"])
-    dtype: str = option(None, "of matrix products; weights stay float32 (default: bfloat16 on CUDA)",
-                        choices=["float32", "bfloat16"])
+    dtype: str = option(None, "of matrix products; weights stay float32 (default: bfloat16 on CUDA; "
+                        "float8: on Hopper and newer, in the blocks)",
+                        choices=["float32", "bfloat16", "float8"])
     compile: bool = option(None, "torch.compile: slower start, faster steps (default: on CUDA only)",
                            may_change=True)
     recompute: bool = option(None, "for small GPUs: keep no activations of blocks, compute them again "
@@ -136,6 +137,8 @@ def check_options(opt, preset: dict, step: int):
     if rows % micro:
         fail(f"--batch-size {opt.batch_size} over {world} rank(s) is {rows} sequences each, not "
              f"divisible by --micro-batch-size {micro}")
+    if opt.dtype == "float8" and micro * opt.seq_len % 16:
+        fail(f"--dtype float8 needs micro-batches of a multiple of 16 tokens, not {micro} x {opt.seq_len}")
     if opt.data == "random" and not opt.bench:
         fail("--data random teaches nothing: it is for --bench")
     if (opt.full or opt.gpus or opt.seeds is not None) and not opt.ablation:

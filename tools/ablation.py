@@ -29,6 +29,7 @@ import torch
 
 import train
 from nanoosp.files import write_text
+from nanoosp.float8 import compute_in
 from nanoosp.machine import StopSignal, pick_device
 from nanoosp.options import command, fail, flag, parse
 from nanoosp.run import AGAIN, ROOT, resume, slug, usual_lr
@@ -237,7 +238,7 @@ def give_up(stop_signal: int, code: int, again: str):
 def load_row(directory: Path, device: str):
     """A finished row, computing in the precision it was trained in."""
     loaded = load(directory, device)
-    loaded.model.compute_dtype = getattr(torch, loaded.options["dtype"])
+    compute_in(loaded.model, loaded.options["dtype"])
     return loaded
 
 
