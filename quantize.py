@@ -37,6 +37,7 @@ import copy
 import importlib
 import math
 import sys
+from functools import partial
 
 
 def main(argv=None):
@@ -56,6 +57,7 @@ from model import Transformer, hooked, rope_tables
 from nanoosp.formats import block_scale, e2m1, round_blocks
 from nanoosp.hadamard import hadamard_transform
 from nanoosp.recipe import METHODS, Recipe  # noqa: F401
+from nanoosp.recorded import Recorded
 from nanoosp.rotations import full_precision, learn_rotations, random_rotations, rotated_weights
 
 GPTQ_SAMPLES = 128  # sequences of calibration
@@ -203,25 +205,34 @@ def inverse_factor(H):
     raise ArithmeticError("its damped Hessian has no Cholesky factor: are its inputs finite?")
 
 
+def round_columns(W, U, s, recipe: Recipe):
+    """Codes and errors [out, n] of n columns W, from left to right. The error of column j, in units
+    of U_jj, is spread over those after it. U [n, n]; s [out, n]: scales."""
+    W, codes, errors = W.clone(), torch.zeros_like(W), torch.zeros_like(W)
+    for j in range(W.shape[1]):
+        codes[:, j] = nearest_code(W[:, j] / s[:, j], recipe)
+        errors[:, j] = (W[:, j] - s[:, j] * codes[:, j]) / U[j, j]
+        W[:, j:] -= torch.outer(errors[:, j], U[j, j:])
+    return codes, errors
+
+
 def gptq(W, H, scale, recipe: Recipe, block: int = 128):
     """Codes [out, in] of a weight [out, in] that fit best for the inputs behind H [in, in]. The
     scales, those of groups too, are fixed before any column is rounded ("static groups").
 
-    Columns are rounded from left to right. The error of each, in units of U_jj, is spread over all
-    columns after it: at once within a block, and right of it in one product, to move less memory.
+    Errors spread at once within a block, and right of it in one product, to move less memory.
     """
     W, H, codes = W.float().clone(), H.clone(), torch.zeros_like(W, dtype=torch.float32)
     dead = H.diagonal() == 0  # an input that was never on: its weights do nothing
     H[dead, dead], W[:, dead] = 1, 0
     U, s = inverse_factor(H), per_column(scale, W.shape[1])
+    plain = partial(round_columns, recipe=recipe)
+    recorded = Recorded(plain)  # hundreds of small kernels, the same for every whole block
     for start in range(0, W.shape[1], block):
-        end = min(start + block, W.shape[1])
-        errors = torch.zeros(len(W), end - start, device=W.device)
-        for j in range(start, end):
-            codes[:, j] = nearest_code(W[:, j] / s[:, j], recipe)
-            errors[:, j - start] = (W[:, j] - s[:, j] * codes[:, j]) / U[j, j]
-            W[:, j:end] -= torch.outer(errors[:, j - start], U[j, j:end])
-        W[:, end:] -= errors @ U[start:end, end:]
+        here, right = slice(start, start + block), slice(start + block, None)
+        parts = W[:, here], U[here, here], s[:, here]
+        codes[:, here], errors = (recorded if len(parts[1]) == block else plain)(*parts)
+        W[:, right] -= errors @ U[here, right]
     return codes
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from model import apply_rope, rope_tables
+from nanoosp.recorded import Recorded
 
 
 def block_step(block, x, cos, sin, K, V, at, seen):
@@ -33,12 +34,12 @@ class Writer:
 
     def __init__(self, model, window: int, compile: bool = False):
         c, device = model.config, model.embed.weight.device
-        self.model, self.window, self.graph, self.K = model, window, None, None
+        self.model, self.window, self.K = model, window, None
         self.tables = rope_tables(window, c.head_dim, c.rope_theta, device)  # each [window, d/2]
-        self.token = torch.zeros(1, 1, dtype=torch.long, device=device)
         self.at = torch.zeros(1, dtype=torch.long, device=device)
         self.block_step = torch.compile(block_step) if compile else block_step
         self.output = torch.compile(model.output) if compile else model.output
+        self.step = Recorded(self._step)
 
     def parameters(self):
         return self.model.parameters()
@@ -58,34 +59,17 @@ class Writer:
                     memory[:, :, : tokens.shape[1]] = found
             self.at += tokens.shape[1]
             return logits
-        self.token.copy_(tokens)
-        if tokens.is_cuda and self.graph is None:
-            self.record()
-        if self.graph:
-            self.graph.replay()
-        else:
-            self.logits = self.step()
+        logits = self.step(tokens)
         self.at += 1
-        return self.logits
+        return logits
 
-    def step(self):
-        """Logits [1, 1, V] after self.token at position self.at."""
-        model, device = self.model, self.token.device
+    def _step(self, token):
+        """Logits [1, 1, V] after `token` [1, 1] at position self.at."""
+        model, device = self.model, token.device
         seen = torch.arange(self.window, device=device)[None] <= self.at  # [1, window]
         with torch.autocast(device.type, torch.bfloat16, model.compute_dtype == torch.bfloat16):
             cos, sin = (table[self.at] for table in self.tables)  # each [1, d/2]
-            x = model.at_embed(model.embproj_in(model.embed(self.token)))
+            x = model.at_embed(model.embproj_in(model.embed(token)))
             for block, K, V in zip(model.blocks, self.K, self.V):
                 x = self.block_step(block, x, cos, sin, K, V, self.at, seen)
             return self.output(x)
-
-    def record(self):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # first without recording: kernels are compiled and chosen
-            for _ in range(3):
-                self.step()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self.step()
