@@ -237,18 +237,15 @@ def gptq(W, H, scale, recipe: Recipe, block: int = 128):
 
 
 def inputs_hessian(point, forward, streams):
-    """H = X^T X, [in, in] in fp32, of what passes `point` in forward(x) for x in `streams`."""
-    H = torch.zeros((), device=streams[0].device)
-
-    def add(module, inputs, X):
-        nonlocal H
-        X = X.flatten(0, -2).float()  # [tokens, in]
-        H = H + X.mT @ X
-
-    with hooked([(point, add)]):  # hooked last, it sees what R4 has rotated
+    """H = X^T X, [in, in] in fp32, of what passes `point` in forward(x) for x in `streams`; and a
+    list of what passed."""
+    passed, H = [], 0
+    with hooked([(point, lambda module, inputs, X: passed.append(X))]):  # after R4's hook
         for x in streams:
             forward(x)
-    return H
+            X = passed[-1].flatten(0, -2).float()  # [tokens, in]
+            H = H + X.mT @ X
+    return H, passed
 
 
 @torch.no_grad()
@@ -265,7 +262,7 @@ def gptq_weights(model, tokens, recipe: Recipe) -> dict:
             to_input = lambda x: half.at_input(norm(x))  # enough to reach the first Point
             for point, parts in GPTQ_POINTS[name]:
                 run = to_input if point == "at_input" else forward
-                H = inputs_hessian(getattr(half, point), run, streams)
+                H, passed = inputs_hessian(getattr(half, point), run, streams)
                 weights = {f"blocks.{i}.{name}.{p}": getattr(half, p).weight for p in parts}
                 W, rows = torch.cat([*weights.values()]), [len(W) for W in weights.values()]
                 scale = torch.cat([recipe_scale(W, recipe) for W in weights.values()])
@@ -276,8 +273,9 @@ def gptq_weights(model, tokens, recipe: Recipe) -> dict:
                 for weight, new in zip(weights.values(), rounded.split(rows)):
                     weight.copy_(new)
                 scales |= zip(weights, scale.split(rows))
-            for x in streams:
-                x += forward(x)  # what the next half reads comes from the rounded half
+            last = getattr(half, parts[-1])  # o_proj or down_proj: only that has changed since
+            for x, X in zip(streams, passed):
+                x += last(X)  # what the next half reads comes from the rounded half
     return scales
 
 
