@@ -22,24 +22,23 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 from nanoosp.options import command, early, fail, fill, option, parse
-from nanoosp.run import Run, RunOptions, check_options, micro_batch_size, restore, resume, usual_lr
+from nanoosp.run import Run, RunOptions, check_options, micro_batch_size, restore, resume, usual
 
 # Shape and schedule. Learning rates of tiny and toy come from sweeps (results/README.md), of small
 # from their trend with width, of 1.4b from the paper (App. A.1). micro: micro-batch for 80 GB.
 PRESETS = {
     "tiny": dict(  # two CPU cores, two to four minutes
         n_layer=4, n_head=4, n_embd=128, seq_len=128, batch_size=16, steps=800,
-        adam_lr=3e-3, muon_lr=6e-3, eval_windows=256),
+        adam_lr=3e-3, muon_lr=6e-3, eval_windows=256, cuda_graph=True),
     "toy": dict(  # one GPU, under a minute
         n_layer=6, n_head=6, n_embd=384, seq_len=256, batch_size=64, steps=1000,
-        adam_lr=1e-3, muon_lr=4e-3, eval_windows=512),
+        adam_lr=1e-3, muon_lr=4e-3, eval_windows=512, cuda_graph=True),
     "small": dict(  # GPT-2's size, for real text; both rates trained once (results/README.md)
         n_layer=12, n_head=12, n_embd=768, seq_len=1024, batch_size=256, steps=4000,
-        adam_lr=1e-3, muon_lr=2e-3, eval_windows=256, micro=16, eval_every=200, save_every=200),
+        adam_lr=1e-3, muon_lr=2e-3, eval_windows=256, micro=16, every=200),
     "1.4b": dict(  # the paper's: 2^22 tokens per step, 100B in all
         n_layer=24, n_head=16, n_embd=2048, vocab_size=49152, seq_len=2048, batch_size=2048,
-        steps=23842, adam_lr=5e-3, muon_lr=5e-4, eval_windows=256, micro=8, eval_every=250,
-        save_every=250),
+        steps=23842, adam_lr=5e-3, muon_lr=5e-4, eval_windows=256, micro=8, every=250),
 }
 SHAPE = ("n_layer", "n_head", "n_embd", "vocab_size")
 OSP = {"optimizer": "muon", "norm": "ss", "embproj": True}  # what --osp stands for
@@ -94,6 +93,7 @@ from model import Config, Transformer
 from muon import make_optimizers
 from nanoosp.float8 import compute_in
 from nanoosp.machine import Ranks, StopSignal, freeze_garbage, peak_memory_gib, pick_device, say
+from nanoosp.recorded import record_training
 from nanoosp.summary import optimizer_table
 
 
@@ -127,6 +127,8 @@ def build(opt, n_ids: int, ranks):
         for block in model.blocks:
             block.compile()  # blocks share one compiled program: seconds, not minutes
         model.output = torch.compile(model.output)
+    if opt.cuda_graph:
+        record_training(model, micro_batch_size(opt, PRESETS[opt.preset], 1), opt.seq_len)
     ddp = dict(gradient_as_bucket_view=True)
     return model, optimizers, model if ranks.world == 1 else DistributedDataParallel(model, **ddp)
 
@@ -217,19 +219,16 @@ def resolve(opt):
             fail(f"--osp means {OSP}: leave it out to use {name} {getattr(opt, name)}")
     state = resume(opt) if opt.resume else None
     opt.device = pick_device(opt.device)
-    on_cuda = opt.device == "cuda"
-    fill(opt, preset="toy" if on_cuda else "tiny", optimizer="adam", norm="rms", embproj=False,
-         dtype="bfloat16" if on_cuda else "float32", compile=on_cuda)
+    fill(opt, preset="toy" if opt.device == "cuda" else "tiny", optimizer="adam", norm="rms",
+         embproj=False)
     preset = PRESETS[opt.preset]
     if opt.bench:
         fill(opt, steps=10, data="random")
     fill(opt, data="shakespeare" if opt.preset in ("tiny", "toy") else None)
     fill(opt, seq_len=preset["seq_len"], batch_size=preset["batch_size"], steps=preset["steps"])
-    fill(opt, lr=usual_lr(preset, opt.optimizer))
+    fill(opt, **usual(opt, preset))
     fill(opt, embed_lr=2 * opt.lr, weight_decay=0.01, grad_clip=1.0, seed=0)
     fill(opt, warmup=opt.steps // 20, cooldown=opt.steps // 5)
-    fill(opt, eval_every=preset.get("eval_every", max(1, opt.steps // 10)))
-    fill(opt, save_every=preset.get("save_every", max(1, opt.steps // 4)))
     check_options(opt, preset, state["step"] if state else 0)
     try:
         model_config(opt, n_ids=1)  # only checks the shape, before any data is opened

@@ -10,8 +10,9 @@ Gradients get the wider range, for they differ by more powers of two. A tensor h
 moves its largest value to the format's largest. So an outlier pushes all others down, towards the
 values below which E4M3 has nothing but zero: outlier-safe activations are what this format wants.
 
-Parameters, their gradients and the optimizer stay fp32, and so do checkpoints. Embedding, head and
-norms compute in bfloat16. So does everything without a gradient: evaluation sees the model as is.
+All linears multiply so, the head too. The rest computes as with --dtype bfloat16. So does everything
+without a gradient: evaluation sees the model as it is. Parameters, their gradients, the optimizer
+and checkpoints stay fp32.
 """
 
 import torch
@@ -68,7 +69,7 @@ def compute_in(model, dtype: str):
     """Let `model` compute as --dtype says. Parameters, and what a state_dict calls them, stay. Ends
     the program where there are no float8 products."""
     model.compute_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
-    linears = [m for block in model.blocks for m in block.modules() if isinstance(m, nn.Linear)]
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if dtype == "float8":
         check(linears)
         for linear in linears:

@@ -61,10 +61,12 @@ class RunOptions:
     device: str = option(None, "default: the first of these that is there", may_change=True,
                          choices=["cuda", "mps", "cpu"])
     dtype: str = option(None, "of matrix products; weights stay float32 (default: bfloat16 on CUDA; "
-                        "float8: on Hopper and newer, in the blocks)",
+                        "float8: on Hopper and newer)",
                         choices=["float32", "bfloat16", "float8"])
-    compile: bool = option(None, "torch.compile: slower start, faster steps (default: on CUDA only)",
-                           may_change=True)
+    compile: bool = option(None, "torch.compile: slower start, faster steps (default: on CUDA, without "
+                           "--cuda-graph)", may_change=True)
+    cuda_graph: bool = option(None, "start all kernels of forward and backward with one call: for small "
+                              "models on one GPU (default: of tiny and toy on Shakespeare)", may_change=True)
     recompute: bool = option(None, "for small GPUs: keep no activations of blocks, compute them again "
                              "in backward (a quarter slower)", may_change=True)
     json: bool = option(False, "the summary as one JSON line on stdout, everything else on stderr",
@@ -119,10 +121,27 @@ def usual_lr(preset: dict, optimizer: str) -> float:
     return preset["adam_lr" if optimizer == "adam" else "muon_lr"]
 
 
+def usual(opt, preset: dict) -> dict:
+    """Defaults that depend on the preset, the optimizer and the device."""
+    on_cuda, graph = opt.device == "cuda", opt.cuda_graph
+    if graph is None:  # tiny and toy on bytes: to compile them would take as long as to train them
+        on_bytes = opt.data in ("shakespeare", "random") and not opt.vocab_size
+        graph = preset.get("cuda_graph", False) and on_bytes and can_record(opt)
+    return dict(lr=usual_lr(preset, opt.optimizer), dtype="bfloat16" if on_cuda else "float32",
+                cuda_graph=graph, compile=on_cuda and not graph,
+                eval_every=preset.get("every", max(1, opt.steps // 10)),
+                save_every=preset.get("every", max(1, opt.steps // 4)))
+
+
 def micro_batch_size(opt, preset: dict, world: int) -> int:
     """Sequences that one rank computes at once: as asked, or the preset's, or all of its share."""
     share = opt.batch_size // world
     return opt.micro_batch_size or math.gcd(share, preset.get("micro", share))
+
+
+def can_record(opt) -> bool:
+    """Whether --cuda-graph is possible."""
+    return opt.device == "cuda" and "RANK" not in os.environ and not opt.recompute
 
 
 def check_options(opt, preset: dict, step: int):
@@ -139,6 +158,8 @@ def check_options(opt, preset: dict, step: int):
              f"divisible by --micro-batch-size {micro}")
     if opt.dtype == "float8" and micro * opt.seq_len % 16:
         fail(f"--dtype float8 needs micro-batches of a multiple of 16 tokens, not {micro} x {opt.seq_len}")
+    if opt.cuda_graph and not can_record(opt):
+        fail("--cuda-graph is for one GPU without torchrun, and goes without --recompute")
     if opt.data == "random" and not opt.bench:
         fail("--data random teaches nothing: it is for --bench")
     if (opt.full or opt.gpus or opt.seeds is not None) and not opt.ablation:

@@ -49,6 +49,21 @@ def test_output_and_both_gradients_are_those_of_fp32_but_for_rounding():
     assert y.dtype == torch.bfloat16 and X.grad.dtype == W.grad.dtype == torch.float32
 
 
+def test_it_is_what_torchao_computes():
+    float8 = pytest.importorskip("torchao.float8")
+    W, X = randn(48, 96).bfloat16(), randn(64, 96).bfloat16()
+    theirs = torch.nn.Sequential(torch.nn.Linear(96, 48, bias=False).bfloat16())
+    theirs[0].weight.data.copy_(W)
+    float8.convert_to_float8_training(theirs, config=float8.Float8LinearConfig(emulate=True))
+    ours, xs = W.clone().requires_grad_(), [X.clone().requires_grad_() for _ in range(2)]
+    outputs = theirs(xs[0]), Float8Product.apply(xs[1], ours)
+    for y in outputs:
+        y.backward(randn(64, 48).bfloat16())
+    for a, b in (outputs, (xs[0].grad, xs[1].grad), (theirs[0].weight.grad, ours.grad)):
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-10)  # a step of bfloat16
+        assert (a != b).float().mean() < 0.002
+
+
 def test_a_model_in_float8_learns_what_one_in_bfloat16_does_and_evaluates_as_it():
     exact, tokens = randomized(SMALL).requires_grad_(), torch.randint(96, (4, 33))
     eight = copy.deepcopy(exact)

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from conftest import read_log
 
+import train
 from nanoosp.recorded import Recorded
 from quantize import Recipe, gptq, per_column, recipe_scale, round_columns
 
@@ -32,3 +34,26 @@ def test_columns_are_rounded_in_order_and_later_ones_make_up_for_earlier():
     codes, errors = round_columns(W, U, per_column(scale, 2), recipe)
     assert codes.tolist() == [[0, 0]]  # 0.4 -> 0; then 0.4 - 0.5 * 0.4 = 0.2 -> 0
     torch.testing.assert_close(errors, torch.tensor([[0.4, 0.2]]))
+
+
+def test_a_graph_is_refused_where_there_is_none(small_run, capsys):
+    with pytest.raises(SystemExit):
+        train.main([*small_run, "--cuda-graph"])
+    assert "--cuda-graph is for one GPU" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", ["float32", "float8"])
+def test_training_with_a_graph_is_training(dtype, small_run, tmp_path):
+    """Gradients of two micro-batches add up, the learning rate moves, a run goes on."""
+    argv = [*small_run, "--osp", "--micro-batch-size", "4", "--steps", "6", "--save-every", "3",
+            "--device", "cuda", "--dtype", dtype, "--no-compile"]
+    for name, way in (("plain", "--no-cuda-graph"), ("graph", "--cuda-graph")):
+        train.main([*argv, way, "--out", str(tmp_path / name)])
+    train.main([*argv, "--cuda-graph", "--out", str(tmp_path / "parts"), "--steps", "5", "--warmup", "0", "--cooldown", "0"])
+    train.main(["--resume", str(tmp_path / "parts"), "--steps", "6"])
+    plain, graph = (read_log(tmp_path / name)[0] for name in ("plain", "graph"))
+    for step in plain:
+        assert graph[step]["loss"] == pytest.approx(plain[step]["loss"], rel=1e-4)
+        assert graph[step]["grad_norm"] == pytest.approx(plain[step]["grad_norm"], rel=1e-3)
+    assert len(read_log(tmp_path / "parts")[0]) == 6

@@ -4,8 +4,11 @@ import pytest
 import torch
 from conftest import CONFIGS, randomized
 
+import eval as evaluation
+import quantize
+import train
 from eval import generate
-from quantize import Recipe, quantize
+from tools.evaluate import pace
 from tools.writing import Writer
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
@@ -25,7 +28,7 @@ def test_it_writes_the_same_tokens_also_past_the_window(config, temperature, dev
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_quantized_model_rounds_what_passes_there_too(device):
-    model = quantize(randomized(CONFIGS[1]).to(device), Recipe("4-4-4", "had"))
+    model = quantize.quantize(randomized(CONFIGS[1]).to(device), quantize.Recipe("4-4-4", "had"))
     simple, fast = (list(generate(m, [1, 2, 3], 40, 64, 0)) for m in (model, Writer(model, 64)))
     assert fast == simple
 
@@ -39,3 +42,24 @@ def test_logits_agree_step_by_step(device):
         for part in tokens.split([7, *[1] * 13], dim=1):
             expected = model(part, cache=simple)[:, -1]
             torch.testing.assert_close(writer(part, fast)[:, -1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_pace_names_the_two_slow_tokens_and_averages_the_rest():
+    assert pace([0, 1, 4, 4.5, 5]) == "the first after 1.00 s, the second after 4.00 s, the rest at 2.0 tokens/s"
+    assert pace([0, 0.5]) == "the first after 0.50 s"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_eval_writes_on_cuda_what_it_writes_on_a_cpu(tmp_path, small_run, capsys):
+    train.main([*small_run, "--osp", "--steps", "4", "--out", str(tmp_path / "run")])
+    quantize.main([str(tmp_path / "run"), "--bits", "4-4-4", "--out", str(tmp_path / "4.pt"), "--device", "cpu"])
+    for target in ("run", "4.pt"):
+        texts = []
+        for device in (["cpu"], ["cuda"], ["cuda", "--compile"]):
+            capsys.readouterr()
+            evaluation.main([str(tmp_path / target), "--prompt", "the ", "--tokens", "30", "--temperature", "0",
+                             "--dtype", "float32", "--device", *device])
+            out, err = capsys.readouterr()
+            texts.append(out)
+            assert "30 tokens: the first after" in err
+        assert texts[0] == texts[1] == texts[2]

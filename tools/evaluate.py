@@ -50,6 +50,8 @@ class Options(RecipeOptions):
     tokens: int = option(400, "how many tokens to write (default: 400)")
     temperature: float = option(0.8, "0 is greedy, 1 samples as trained (default: 0.8)", low=0)
     top_k: int = option(None, "draw from the k likeliest tokens only")
+    compile: bool = option(None, "on CUDA: compile what writes a token; it takes seconds, then each "
+                           "token half as long (default: for 1,000 tokens and more)")
     seed: int = option(0, "another seed draws another text", low=0, high=2**63)
 
     device: str = option(None, "default: the first of these that is there", group="the machine",
@@ -147,6 +149,7 @@ from tools.report import (
     quantized_table,
 )
 from tools.tasks import read_tasks, score_tasks
+from tools.writing import Writer
 
 
 def load_target(path: Path, opt) -> Loaded:
@@ -168,10 +171,15 @@ def write(loaded: Loaded, opt) -> dict:
     never = without_token(encoding, loaded.model.config.vocab_size)
     window, end_ids = opt.seq_len or loaded.window, loaded.end_ids
     ids = prompt[len(beginning(encoding)) :]  # BOS is not shown
-    n_shown, n_printed, began = len(ids), 0, time.perf_counter()
+    n_shown, n_printed, times = len(ids), 0, [time.perf_counter()]
     start = prompt or [separator(encoding)]  # a tokenizer may have no token for a blank
-    for token in generate(loaded.model, start, opt.tokens, window, opt.temperature, opt.top_k,
-                          opt.seed, never=never):
+    model = loaded.model
+    if opt.device == "cuda":
+        compile = opt.tokens >= 1000 if opt.compile is None else opt.compile
+        model = Writer(model, min(window, len(start) + opt.tokens), compile)
+    for token in generate(model, start, opt.tokens, window, opt.temperature, opt.top_k, opt.seed,
+                          never=never):
+        times.append(time.perf_counter())
         if token in end_ids:
             break
         ids.append(token)
@@ -179,15 +187,26 @@ def write(loaded: Loaded, opt) -> dict:
         if not opt.json and not text.endswith("\ufffd"):  # half of a character: wait for the rest
             print(text[n_printed:], end="", flush=True)
             n_printed = len(text)
-    seconds, n = time.perf_counter() - began, len(ids) - n_shown
+    n = len(ids) - n_shown
     if not opt.json:
         print(encoding.decode(ids)[n_printed:], flush=True)
-        print(f"{n} tokens at {n / seconds:,.1f} tokens/s, peak memory "
-              f"{peak_memory_gib(opt.device):.2f} GiB", file=sys.stderr)
+        print(f"{n} tokens: {pace(times)}, peak memory {peak_memory_gib(opt.device):.2f} GiB",
+              file=sys.stderr)
     if len(prompt) + n - (n == opt.tokens) > window:  # the last of opt.tokens is not read
         print(f"prompt ({len(prompt):,} tokens) and text ({n:,}) exceed the window of {window:,}: "
               "the oldest were forgotten", file=sys.stderr)
     return dict(target=loaded.name, text=encoding.decode(ids))
+
+
+def pace(times: list) -> str:
+    """How fast tokens came. `times`: the start and when each was there. Two take long: the first
+    reads the prompt; at the second, on CUDA, the step is compiled and recorded."""
+    waits = [after - before for before, after in zip(times, times[1:])]
+    said = [f"the {name} after {sum(waits[: i + 1]):.2f} s"
+            for i, name in enumerate(("first", "second")) if i < len(waits)]
+    if len(waits) > 2:
+        said.append(f"the rest at {len(waits[2:]) / sum(waits[2:]):,.1f} tokens/s")
+    return ", ".join(said)
 
 
 # --------------------------------------------------------------------------------------------------

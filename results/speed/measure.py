@@ -1,0 +1,213 @@
+"""How fast 1.4b trains, writes and is quantized, one thing after another in one process.
+
+    python results/speed/measure.py train osp:float8:16 hf:bfloat16:8 >> results/speed/float8.jsonl
+    python results/speed/measure.py write >> results/speed/writing.jsonl
+    python results/speed/measure.py gptq >> results/speed/gptq.jsonl
+
+train: three steps of 256 x 2048 random tokens, optimizer included, of each METHOD:DTYPE:MICRO-BATCH
+    osp, adam      train.py's own models and optimizers
+    adam16         adam, with a residual stream in bfloat16 as OSP's, where it is otherwise float32
+    hf             transformers' LLaMA, compiled, with torch.optim.Muon and fused AdamW
+    DTYPE          bfloat16, float8, or torchao: osp in its float8 instead of ours
+write: random weights, in bfloat16 and packed in four bits; the simple way, with a graph, compiled.
+gptq: 24 layers on 128 x 2048 random tokens, with a hash of the codes.
+"""
+
+import gc
+import hashlib
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs from any directory
+
+from nanoosp.options import command, early, option, parse  # noqa: E402 (it needs the line above)
+
+
+@dataclass
+class SpeedOptions:
+    what: str = option(None, "train, write or gptq", positional=True, choices=["train", "write", "gptq"],
+                       required=True)
+    models: str = option(None, "for train: as adam:bfloat16:8", positional=True, many=True,
+                         metavar="MODEL")
+    small: bool = option(False, "a small model on a CPU, to see that it runs")
+
+
+early("results/speed/measure.py", SpeedOptions)
+
+import torch  # noqa: E402
+import torch.nn as nn  # noqa: E402
+
+import train  # noqa: E402
+from data.dataset import RandomTokens  # noqa: E402
+from eval import generate  # noqa: E402
+from model import Config, Transformer  # noqa: E402
+from nanoosp.machine import Ranks, peak_memory_gib  # noqa: E402
+from quantize import Recipe, linears, quantize, recipe_scale, weight_codes  # noqa: E402
+from tools.bench import mark, matmul_flops, median_ms  # noqa: E402
+from tools.packed import Int4Linear  # noqa: E402
+from tools.writing import Writer  # noqa: E402
+
+
+def emit(**record):
+    print(json.dumps(record), flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+def transformers_model(opt, device):
+    """(model, optimizers, forward) like train.build()'s, of transformers and torch alone."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = train.model_config(opt, 256)
+    with torch.device(device):
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_ffn,
+            num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, use_cache=False,
+            max_position_embeddings=opt.seq_len, tie_word_embeddings=False))
+    compiled = torch.compile(model)
+    is_table = lambda name, p: p.ndim < 2 or "embed" in name or "lm_head" in name
+    matrices = [p for name, p in model.named_parameters() if not is_table(name, p)]
+    rest = [p for name, p in model.named_parameters() if is_table(name, p)]
+    muon = torch.optim.Muon(matrices, lr=1e-5, adjust_lr_fn="match_rms_adamw")
+
+    def forward(tokens, targets):
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            logits = compiled(input_ids=tokens).logits
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    return model, [muon, torch.optim.AdamW(rest, lr=1e-5, fused=device != "cpu")], forward
+
+
+def in_torchaos_float8(model):
+    from torchao.float8 import convert_to_float8_training
+
+    for parent in model.modules():
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, convert_to_float8_training(nn.Sequential(child))[0])
+
+
+def time_training(name: str, small: bool):
+    method, dtype, micro = name.split(":")
+    shape = "--preset tiny --device cpu --batch-size 16" if small else "--preset 1.4b --batch-size 256"
+    argv = [*shape.split(), "--bench", "--lr", "1e-5", "--micro-batch-size", micro,
+            "--dtype", "bfloat16" if dtype == "torchao" else dtype]
+    opt = parse(train.Options, "", argv + ["--osp"] * (method == "osp"))
+    train.resolve(opt)
+    ranks, began = Ranks(device=opt.device), time.perf_counter()
+    data = RandomTokens(train.model_config(opt, 256).vocab_size, opt.seq_len)
+    if method == "hf":
+        model, optimizers, forward = transformers_model(opt, ranks.device)
+    else:
+        model, optimizers, forward = train.build(opt, data.meta["vocab_size"], ranks)
+    if dtype == "torchao":
+        in_torchaos_float8(model)
+    if method == "adam16":
+        model.at_embed.register_forward_hook(lambda module, inputs, x: x.bfloat16())
+    marks = []
+    for i in range(4):
+        start = mark(ranks.device)
+        batch = torch.from_numpy(data.batch(i, opt.batch_size)).to(ranks.device)
+        train.backward(forward, batch, int(micro), ranks)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        middle = mark(ranks.device)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        marks.append((start, middle, mark(ranks.device)))
+        if i == 0:
+            wait(ranks.device)
+            first = time.perf_counter() - began
+    starts, middles, ends = zip(*marks[1:])
+    ms = median_ms(starts, ends)
+    emit(model=name, tokens_per_s=opt.batch_size * opt.seq_len / ms * 1e3, step_ms=ms,
+         optimizer_ms=median_ms(middles, ends), first_step_s=first,
+         peak_memory_gib=peak_memory_gib(ranks.device))
+
+
+def wait(device: str):
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing and quantizing
+
+
+def random_model(small: bool) -> Transformer:
+    config = Config() if small else train.model_config(parse(train.Options, "", ["--preset", "1.4b"]), 1)
+    torch.manual_seed(0)
+    with torch.device("cpu" if small else "cuda"):
+        return Transformer(config).requires_grad_(False)
+
+
+@torch.no_grad()
+def time_writing(small: bool):
+    model = random_model(small).bfloat16()
+    model.compute_dtype, prompt, n, window = torch.bfloat16, list(range(100)), 400, 512 if small else 2048
+    for weights in ("bfloat16", "int4"):
+        if weights == "int4":
+            for name, linear in linears(model).items() if not small else ():
+                W, recipe = linear.weight.float(), Recipe("4-16-16")
+                scale, (parent, _, child) = recipe_scale(W, recipe), name.rpartition(".")
+                int4 = Int4Linear(weight_codes(W, scale, recipe), scale)
+                setattr(model.get_submodule(parent), child, int4)
+        ways = {"simple": model, "graph": Writer(model, len(prompt) + n),
+                "compiled": Writer(model, len(prompt) + n, compile=not small),
+                "compiled, full window": Writer(model, window, compile=not small)}
+        for way, writer in ways.items():
+            if not small:
+                torch.cuda.reset_peak_memory_stats()
+            times = [time.perf_counter()]
+            for _ in generate(writer, prompt, n, window, temperature=0.8):
+                times.append(time.perf_counter())
+            emit(weights=weights, way=way, tokens_per_s=(n - 2) / (times[-1] - times[2]),
+                 first_s=times[1] - times[0], second_s=times[2] - times[0],
+                 peak_memory_gib=peak_memory_gib("cpu" if small else "cuda"))
+
+
+def time_gptq(small: bool):
+    model = random_model(small)
+    rows, length = (8, 65) if small else (128, 2049)
+    tokens = torch.randint(model.config.vocab_size, (rows, length), device=model.embed.weight.device)
+    began = time.perf_counter()
+    quantized = quantize(model, Recipe("4-16-16", "gptq"), tokens)
+    wait(str(tokens.device))
+    seconds, codes = time.perf_counter() - began, hashlib.sha256()
+    for name, linear in sorted(linears(quantized).items()):
+        codes.update(linear.weight.cpu().numpy().tobytes())
+    emit(gptq_s=seconds, sha256=codes.hexdigest())
+
+
+@command
+def main(argv=None):
+    opt = parse(SpeedOptions, __doc__, argv)
+    on_gpu = torch.cuda.is_available() and not opt.small
+    emit(gpu=torch.cuda.get_device_name() if on_gpu else None, torch=torch.__version__)
+    if opt.what == "write":
+        time_writing(opt.small)
+    if opt.what == "gptq":
+        time_gptq(opt.small)
+    names = opt.models or () if opt.what == "train" else ()
+    for name in names:
+        if on_gpu and name == names[0]:
+            emit(product_tflops=matmul_flops("cuda") / 1e12)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            time_training(name, opt.small)
+        except torch.OutOfMemoryError:
+            emit(model=name, failed="out of memory")
+        gc.collect()
+        torch._dynamo.reset()
+        if on_gpu:
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
