@@ -6,7 +6,8 @@ import torch
 
 def record_training(model, rows: int, n_tokens: int):
     """From here on model(tokens, targets), both [rows, n_tokens], and its backward are recorded on
-    CUDA. In eval mode the model stays as it is. Weights may change, but not move in memory."""
+    CUDA. In eval mode the model stays as it is. Weights may change, but not move in memory. Every
+    backward writes its gradients to the same place, so there can be only one a step."""
     example = torch.zeros(rows, n_tokens, dtype=torch.long, device=model.embed.weight.device)
     torch.cuda.make_graphed_callables(model, (example, example.clone()))
 

@@ -126,7 +126,7 @@ def usual(opt, preset: dict) -> dict:
     on_cuda, graph = opt.device == "cuda", opt.cuda_graph
     if graph is None:  # tiny and toy on bytes: to compile them would take as long as to train them
         on_bytes = opt.data in ("shakespeare", "random") and not opt.vocab_size
-        graph = preset.get("cuda_graph", False) and on_bytes and can_record(opt)
+        graph = preset.get("cuda_graph", False) and on_bytes and can_record(opt, preset)
     return dict(lr=usual_lr(preset, opt.optimizer), dtype="bfloat16" if on_cuda else "float32",
                 cuda_graph=graph, compile=on_cuda and not graph,
                 eval_every=preset.get("every", max(1, opt.steps // 10)),
@@ -139,9 +139,10 @@ def micro_batch_size(opt, preset: dict, world: int) -> int:
     return opt.micro_batch_size or math.gcd(share, preset.get("micro", share))
 
 
-def can_record(opt) -> bool:
+def can_record(opt, preset: dict) -> bool:
     """Whether --cuda-graph is possible."""
-    return opt.device == "cuda" and "RANK" not in os.environ and not opt.recompute
+    whole = micro_batch_size(opt, preset, 1) == opt.batch_size
+    return opt.device == "cuda" and "RANK" not in os.environ and whole and not opt.recompute
 
 
 def check_options(opt, preset: dict, step: int):
@@ -158,8 +159,8 @@ def check_options(opt, preset: dict, step: int):
              f"divisible by --micro-batch-size {micro}")
     if opt.dtype == "float8" and micro * opt.seq_len % 16:
         fail(f"--dtype float8 needs micro-batches of a multiple of 16 tokens, not {micro} x {opt.seq_len}")
-    if opt.cuda_graph and not can_record(opt):
-        fail("--cuda-graph is for one GPU without torchrun, and goes without --recompute")
+    if opt.cuda_graph and not can_record(opt, preset):
+        fail("--cuda-graph is for one GPU without torchrun; leave out --recompute and --micro-batch-size")
     if opt.data == "random" and not opt.bench:
         fail("--data random teaches nothing: it is for --bench")
     if (opt.full or opt.gpus or opt.seeds is not None) and not opt.ablation:

@@ -50,8 +50,8 @@ class Options(RecipeOptions):
     tokens: int = option(400, "how many tokens to write (default: 400)")
     temperature: float = option(0.8, "0 is greedy, 1 samples as trained (default: 0.8)", low=0)
     top_k: int = option(None, "draw from the k likeliest tokens only")
-    compile: bool = option(None, "on CUDA: compile what writes a token; it takes seconds, then each "
-                           "token half as long (default: for 1,000 tokens and more)")
+    compile: bool = option(False, "on CUDA: torch.compile the step that writes a token. Takes seconds "
+                           "first, so it pays for thousands of tokens")
     seed: int = option(0, "another seed draws another text", low=0, high=2**63)
 
     device: str = option(None, "default: the first of these that is there", group="the machine",
@@ -87,6 +87,8 @@ def check(opt) -> list[Recipe]:
     for name in ("text", "tasks", "as_published", "plot", *quantizing(opt)):
         if opt.prompt is not None and getattr(opt, name):
             fail(f"--prompt writes instead of measuring: leave out {flag(name)}")
+    if opt.compile and opt.prompt is None:
+        fail("--compile is for --prompt; measuring runs as it is")
     if opt.seq_len and not (opt.text or opt.tasks or opt.prompt is not None):
         fail("--seq-len goes with --text, --tasks or --prompt; a run's own validation text is cut "
              "as in its training")
@@ -175,8 +177,7 @@ def write(loaded: Loaded, opt) -> dict:
     start = prompt or [separator(encoding)]  # a tokenizer may have no token for a blank
     model = loaded.model
     if opt.device == "cuda":
-        compile = opt.tokens >= 1000 if opt.compile is None else opt.compile
-        model = Writer(model, min(window, len(start) + opt.tokens), compile)
+        model = Writer(model, min(window, len(start) + opt.tokens), opt.compile)
     for token in generate(model, start, opt.tokens, window, opt.temperature, opt.top_k, opt.seed,
                           never=never):
         times.append(time.perf_counter())

@@ -140,7 +140,8 @@ def wait(device: str):
 
 
 def random_model(small: bool) -> Transformer:
-    config = Config() if small else train.model_config(parse(train.Options, "", ["--preset", "1.4b"]), 1)
+    shape = {name: train.PRESETS["1.4b"][name] for name in train.SHAPE}
+    config = Config() if small else Config(**shape)
     torch.manual_seed(0)
     with torch.device("cpu" if small else "cuda"):
         return Transformer(config).requires_grad_(False)
