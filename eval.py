@@ -334,15 +334,17 @@ def generate(model, tokens, n, window, temperature=1.0, top_k=None, seed=0, use_
             context, cache, unread = context[-kept:], model.new_cache(), context[-kept:]
         inputs = torch.tensor([unread if use_cache else context], device=device)
         logits = model(inputs, cache=cache if use_cache else None)[0, -1]
-        if not logits.isfinite().all():
-            raise ArithmeticError("the logits are not finite: there is nothing to draw from")
+        finite = logits.isfinite().all()  # looked at last: a GPU should not wait for Python
         logits[never] = -math.inf
         if top_k:
             logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -math.inf
         if temperature < 1e-30:  # dividing by it would overflow
-            token = int(logits.argmax())
-        else:
-            probabilities = (logits / temperature).softmax(dim=-1)
-            token = int(torch.multinomial(probabilities, 1, generator=generator))
+            token = logits.argmax()
+        else:  # as torch.multinomial draws: of waiting times 1 / p on average, the shortest wins
+            p = (logits / temperature).softmax(dim=-1)
+            token = (p / torch.empty_like(p).exponential_(generator=generator)).argmax()
+        if not finite:
+            raise ArithmeticError("the logits are not finite: there is nothing to draw from")
+        token = int(token)
         context, unread = [*context, token], [token]
         yield token
