@@ -327,24 +327,25 @@ def generate(model, tokens, n, window, temperature=1.0, top_k=None, seed=0, use_
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     never = torch.tensor([*never], dtype=torch.long, device=device)
-    context, cache, unread = tokens, model.new_cache(), tokens
+    read = lambda ids: torch.tensor([ids], device=device)  # [1, T]
+    context, cache, unread = tokens, model.new_cache(), read(tokens)
     for still_to_come in range(n, 0, -1):
         if len(context) > window:
             kept = window - min(window // 2, still_to_come - 1)
-            context, cache, unread = context[-kept:], model.new_cache(), context[-kept:]
-        inputs = torch.tensor([unread if use_cache else context], device=device)
-        logits = model(inputs, cache=cache if use_cache else None)[0, -1]
-        finite = logits.isfinite().all()  # looked at last: a GPU should not wait for Python
+            context, cache, unread = context[-kept:], model.new_cache(), read(context[-kept:])
+        logits = model(unread, cache=cache if use_cache else None)[0, -1]
+        finite = logits.isfinite().all()
         logits[never] = -math.inf
         if top_k:
             logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -math.inf
         if temperature < 1e-30:  # dividing by it would overflow
-            token = logits.argmax()
+            drawn = logits.argmax()
         else:  # as torch.multinomial draws: of waiting times 1 / p on average, the shortest wins
             p = (logits / temperature).softmax(dim=-1)
-            token = (p / torch.empty_like(p).exponential_(generator=generator)).argmax()
+            drawn = (p / torch.empty_like(p).exponential_(generator=generator)).argmax()
+        token, finite = torch.stack([drawn, finite]).tolist()  # all at once: a GPU waits meanwhile
         if not finite:
             raise ArithmeticError("the logits are not finite: there is nothing to draw from")
-        token = int(token)
-        context, unread = [*context, token], [token]
+        context = [*context, token]
+        unread = drawn.view(1, 1) if use_cache else read(context)
         yield token
