@@ -30,7 +30,7 @@ PRESETS = {
     "tiny": dict(  # two CPU cores, two to four minutes
         n_layer=4, n_head=4, n_embd=128, seq_len=128, batch_size=16, steps=800,
         adam_lr=3e-3, muon_lr=6e-3, eval_windows=256, cuda_graph=True),
-    "toy": dict(  # one GPU, under a minute
+    "toy": dict(  # one GPU, half a minute
         n_layer=6, n_head=6, n_embd=384, seq_len=256, batch_size=64, steps=1000,
         adam_lr=1e-3, muon_lr=4e-3, eval_windows=512, cuda_graph=True),
     "small": dict(  # GPT-2's size, for real text; both rates trained once (results/README.md)

@@ -549,6 +549,25 @@ def newton_schulz() -> str:
                      "tokens/s"], rows)
 
 
+def writing() -> str:
+    rows = [[r["weights"], r["way"], f"{r['host']}", f"{r['tokens_per_s']:,.0f}", f"{r['second_s']:.1f} s",
+             f"{r['peak_memory_gib']:.2f} GiB"]
+            for r in sorted(records("speed/writing.jsonl")[1:], key=lambda r: r["host"])]
+    return markdown(["weights", "step", "host", "tokens/s", "second token after", "peak memory"], rows)
+
+
+def toy_seconds() -> str:
+    rows = []
+    for r in records("speed/toy.jsonl")[1:]:
+        others = r["wall_s"] - r["first_step_s"] - r["other_steps_s"]
+        seconds = r["wall_s"], r["first_step_s"], r["other_steps_s"], others
+        memory = f"{r['peak_memory_gib']:.1f} GiB" if r["peak_memory_gib"] else "-"
+        rows.append([{"adam": "Adam", "osp": "OSP"}[r["method"]], f"{r.get('host', 1)}", r["code"],
+                     *(f"{s:.1f}" for s in seconds), memory])
+    return markdown(["", "host", "code", "seconds in all", "first step", "other steps", "the rest",
+                     "peak memory"], rows)
+
+
 def first_minute() -> str:
     rows = []
     for name, machine in (("tiny", "two CPU cores"), ("toy", "one H100")):
@@ -629,6 +648,8 @@ TABLES = {
     "forward_backward_variants": forward_backward_variants,
     "muon_variants": muon_variants,
     "newton_schulz": newton_schulz,
+    "writing": writing,
+    "toy_seconds": toy_seconds,
     "adam_parts": adam_parts,
     "knob_lr": lambda: knob("lr"),
     "knob_steps": lambda: knob("steps"),

@@ -34,7 +34,8 @@ class Writer:
 
     def __init__(self, model, window: int, compile: bool = False):
         c, device = model.config, model.embed.weight.device
-        self.model, self.window, self.K = model, window, None
+        self.model, self.K = model, None
+        self.window = window = -(-window // 64) * 64  # attention is faster in whole tiles
         self.tables = rope_tables(window, c.head_dim, c.rope_theta, device)  # each [window, d/2]
         self.at = torch.zeros(1, dtype=torch.long, device=device)
         self.block_step = torch.compile(block_step) if compile else block_step
