@@ -17,8 +17,10 @@
     books/                  six models of books: rates tried, all methods of quantize.py, bits
     small/                  GPT-2's size on books, documentation and code: documents.py, which makes
                             the text, and two models; stages.jsonl: what 4 bits cost on the way
+    float8/                 losses of models trained with products of eight-bit floats
     ffn_hidden/             trace.py, and what it wrote for every variant of the norms' gains
-    speed/                  what --bench and the comparisons measured, one line each
+    speed/                  what --bench and the comparisons measured, one line each; measure.py
+                            makes float8, writing and gptq
     first_minute/*.txt      what the first commands printed
     learning_rates/*.jsonl  the sweeps, one line for each run: command, hardware, measurement
     four_bits/*.json        the loss that quantization adds: command, and output of eval.py --json
@@ -556,6 +558,40 @@ def writing() -> str:
     return markdown(["weights", "step", "host", "tokens/s", "second token after", "peak memory"], rows)
 
 
+def float8_speed() -> str:
+    names = {"osp": "OSP", "adam": "Adam", "adam16": "Adam, bf16 stream",
+             "hf": "transformers, torch.optim.Muon"}
+    found, rows = records("speed/float8.jsonl")[1:], []
+    for r in found:
+        method, dtype, micro = r["model"].split(":")
+        base = [b["tokens_per_s"] for b in found
+                if b["host"] == r["host"] and b["model"] == f"osp:bfloat16:{micro}"]
+        rows.append([f"{r['host']}", names[method], dtype, micro, f"{r['tokens_per_s']:,.0f}",
+                     f"{r['tokens_per_s'] / statistics.mean(base):.3f}",
+                     f"{r['optimizer_ms']:.0f} ms", f"{r['peak_memory_gib']:.1f} GiB"])
+    return markdown(["host", "", "products", "micro-batch", "tokens/s", "of OSP in bfloat16",
+                     "optimizer", "peak memory"], rows)
+
+
+def float8_quality() -> str:
+    groups = {}
+    for r in records("float8/runs.jsonl")[1:]:
+        groups.setdefault((r["text"], r["method"], r["dtype"]), []).append(r)
+    rows = []
+    for (text, method, dtype), runs in groups.items():
+        cell = lambda key, digits: mean_and_spread([r[key] for r in runs], digits)
+        rows.append([text, {"adam": "Adam", "osp": "OSP"}[method], dtype, f"{len(runs)}",
+                     cell("val_loss", 4), cell("kurtosis", 2), cell("rtn", 4), cell("had", 4)])
+    return markdown(["text", "", "products", "runs", "validation loss",
+                     "excess kurtosis (Gaussian -0.016)", *ADDED], rows)
+
+
+def float8_parts() -> str:
+    rows = [[r["linears"], r["gradient"], f"{r['val_loss']:.3f}"]
+            for r in records("float8/tiny.jsonl")[1:]]
+    return markdown(["linears in float8", "their gradient", "validation loss"], rows)
+
+
 def toy_seconds() -> str:
     rows = []
     for r in records("speed/toy.jsonl")[1:]:
@@ -650,6 +686,9 @@ TABLES = {
     "newton_schulz": newton_schulz,
     "writing": writing,
     "toy_seconds": toy_seconds,
+    "float8_speed": float8_speed,
+    "float8_quality": float8_quality,
+    "float8_parts": float8_parts,
     "adam_parts": adam_parts,
     "knob_lr": lambda: knob("lr"),
     "knob_steps": lambda: knob("steps"),

@@ -8,7 +8,8 @@ train: three steps of 256 x 2048 random tokens, optimizer included, of each METH
     osp, adam      train.py's own models and optimizers
     adam16         adam, with a residual stream in bfloat16 as OSP's, where it is otherwise float32
     hf             transformers' LLaMA, compiled, with torch.optim.Muon and fused AdamW
-    DTYPE          bfloat16, float8, or torchao: osp in its float8 instead of ours
+    DTYPE          bfloat16; float8, of the blocks; float8-all, of head and EmbProj too; torchao and
+                   torchao-all, its float8 instead of ours
 write: random weights, in bfloat16 and packed in four bits; the simple way, with a graph, compiled.
 gptq: 24 layers on 128 x 2048 random tokens, with a hash of the codes.
 """
@@ -44,6 +45,7 @@ import train  # noqa: E402
 from data.dataset import RandomTokens  # noqa: E402
 from eval import generate  # noqa: E402
 from model import Config, Transformer  # noqa: E402
+from nanoosp.float8 import Float8Linear  # noqa: E402
 from nanoosp.machine import Ranks, peak_memory_gib  # noqa: E402
 from quantize import Recipe, linears, quantize, recipe_scale, weight_codes  # noqa: E402
 from tools.bench import mark, matmul_flops, median_ms  # noqa: E402
@@ -83,12 +85,15 @@ def transformers_model(opt, device):
     return model, [muon, torch.optim.AdamW(rest, lr=1e-5, fused=device != "cpu")], forward
 
 
-def in_torchaos_float8(model):
-    from torchao.float8 import convert_to_float8_training
-
-    for parent in model.modules():
+def in_other_float8(model, dtype: str):
+    """float8-all, torchao or torchao-all: all linears or the blocks', ours or torchao's."""
+    for parent in [*model.blocks.modules()] if dtype == "torchao" else [*model.modules()]:
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
+            if isinstance(child, nn.Linear) and dtype == "float8-all":
+                child.__class__ = Float8Linear
+            elif isinstance(child, nn.Linear):
+                from torchao.float8 import convert_to_float8_training
+
                 setattr(parent, name, convert_to_float8_training(nn.Sequential(child))[0])
 
 
@@ -96,7 +101,7 @@ def time_training(name: str, small: bool):
     method, dtype, micro = name.split(":")
     shape = "--preset tiny --device cpu --batch-size 16" if small else "--preset 1.4b --batch-size 256"
     argv = [*shape.split(), "--bench", "--lr", "1e-5", "--micro-batch-size", micro,
-            "--dtype", "bfloat16" if dtype == "torchao" else dtype]
+            "--dtype", "bfloat16" if "-all" in dtype or dtype == "torchao" else dtype]
     opt = parse(train.Options, "", argv + ["--osp"] * (method == "osp"))
     train.resolve(opt)
     ranks, began = Ranks(device=opt.device), time.perf_counter()
@@ -105,8 +110,8 @@ def time_training(name: str, small: bool):
         model, optimizers, forward = transformers_model(opt, ranks.device)
     else:
         model, optimizers, forward = train.build(opt, data.meta["vocab_size"], ranks)
-    if dtype == "torchao":
-        in_torchaos_float8(model)
+    if opt.dtype != dtype:
+        in_other_float8(model, dtype)
     if method == "adam16":
         model.at_embed.register_forward_hook(lambda module, inputs, x: x.bfloat16())
     marks = []
