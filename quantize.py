@@ -236,16 +236,16 @@ def gptq(W, H, scale, recipe: Recipe, block: int = 128):
     return codes
 
 
-def inputs_hessian(point, forward, streams):
-    """H = X^T X, [in, in] in fp32, of what passes `point` in forward(x) for x in `streams`; and a
-    list of what passed."""
-    passed, H = [], 0
+def inputs_hessian(point, forward, streams, passed: list):
+    """H = X^T X, [in, in] in fp32, of what passes `point` in forward(x) for x in `streams`. The
+    list `passed` gets it, one X for each x."""
+    H = 0
     with hooked([(point, lambda module, inputs, X: passed.append(X))]):  # after R4's hook
         for x in streams:
             forward(x)
             X = passed[-1].flatten(0, -2).float()  # [tokens, in]
             H = H + X.mT @ X
-    return H, passed
+    return H
 
 
 @torch.no_grad()
@@ -255,6 +255,7 @@ def gptq_weights(model, tokens, recipe: Recipe) -> dict:
     config, scales = model.config, {}
     rope = rope_tables(tokens.shape[1], config.head_dim, config.rope_theta, tokens.device)
     streams = model.embed(tokens).split(max(1, 4096 // tokens.shape[1]))  # each [n, T, D]
+    passed = []  # the inputs of the linear that is rounded
     for i, block in enumerate(tqdm(model.blocks, "GPTQ", leave=False, disable=None)):
         halves = ("attn", block.attn, block.attn_norm, rope), ("ffn", block.ffn, block.ffn_norm, ())
         for name, half, norm, tables in halves:
@@ -262,7 +263,8 @@ def gptq_weights(model, tokens, recipe: Recipe) -> dict:
             to_input = lambda x: half.at_input(norm(x))  # enough to reach the first Point
             for point, parts in GPTQ_POINTS[name]:
                 run = to_input if point == "at_input" else forward
-                H, passed = inputs_hessian(getattr(half, point), run, streams)
+                passed.clear()
+                H = inputs_hessian(getattr(half, point), run, streams, passed)
                 weights = {f"blocks.{i}.{name}.{p}": getattr(half, p).weight for p in parts}
                 W, rows = torch.cat([*weights.values()]), [len(W) for W in weights.values()]
                 scale = torch.cat([recipe_scale(W, recipe) for W in weights.values()])

@@ -1,7 +1,7 @@
-"""Matrix products of eight-bit floats, for train.py --dtype float8: less energy and less memory.
+"""Matrix products of eight-bit floats, for train.py --dtype float8: faster, and with less memory.
 
-A product of bfloat16 numbers keeps an H100 at its power limit. Bytes need half the wires. But a
-byte has few values, and the two formats divide them differently:
+A GPU multiplies bytes at twice the speed of bfloat16. But a byte has few values, and the two
+formats divide them differently:
 
     E4M3   4 bits of exponent, 3 of mantissa: 0.0020 to 448, steps of 1/8    activations, weights
     E5M2   5 bits of exponent, 2 of mantissa: 0.000015 to 57344, of 1/4      gradients
@@ -10,8 +10,8 @@ Gradients get the wider range, for they differ by more powers of two. A tensor h
 moves its largest value to the format's largest. So an outlier pushes all others down, towards the
 values below which E4M3 has nothing but zero: outlier-safe activations are what this format wants.
 
-Only the linears of the blocks multiply so. The head does not: with its gradient in E5M2, OSP's loss
-on Shakespeare is 0.2 higher (docs/scale.md). The rest computes as with --dtype bfloat16. So does
+Only the linears of the blocks multiply so. With head and EmbProj too, OSP's loss on Shakespeare was
+0.2 higher (docs/scale.md). The rest computes as with --dtype bfloat16. So does
 everything without a gradient: evaluation sees the model as it is. Parameters, their gradients, the
 optimizer and checkpoints stay fp32.
 """
@@ -27,7 +27,7 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 def to_float8(x, dtype):
     """x in float8, scaled to use all of its range, and what to multiply it by to get x again."""
     largest = torch.finfo(dtype).max
-    scale = largest / x.abs().amax().float().clamp(min=1e-12)
+    scale = largest / x.abs().amax().float().clamp(min=1e-12)  # x may be all zeros
     return (x.float() * scale).clamp(-largest, largest).to(dtype), 1 / scale
 
 
@@ -46,7 +46,7 @@ class Float8Product(torch.autograd.Function):
         X8, W8 = to_float8(X, E4M3), to_float8(W, E4M3)
         ctx.save_for_backward(*X8, *W8)  # a byte a number, where bfloat16 would keep two
         ctx.dtypes = X.dtype, W.dtype
-        return product(X8, W8, fast=True)
+        return product(X8, W8, fast=True)  # gradients sum over many tokens, and need the exact sum
 
     @staticmethod
     def backward(ctx, gradient):  # [n, m]
@@ -72,16 +72,16 @@ def compute_in(model, dtype: str):
     model.compute_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
     linears = [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]
     if dtype == "float8":
-        check(linears)
+        check_float8(linears)
         for linear in linears:
             linear.__class__ = Float8Linear  # the same tensors, with another forward()
 
 
-def check(linears):
+def check_float8(linears):
     device = linears[0].weight.device
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        fail(f"--dtype float8: a {torch.cuda.get_device_name(device)} has no float8 products, Hopper "
-             "and newer GPUs have; use --dtype bfloat16")
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        fail(f"--dtype float8: a {torch.cuda.get_device_name(device)} has no float8 products; "
+             "Hopper and newer GPUs have: use --dtype bfloat16")
     if device.type == "mps":
         fail("--dtype float8: MPS has no float8 products; use --dtype bfloat16")
     odd = {n for linear in linears for n in linear.weight.shape if n % 16}

@@ -5,9 +5,10 @@ import torch
 
 
 def record_training(model, rows: int, n_tokens: int):
-    """From here on model(tokens, targets), both [rows, n_tokens], and its backward are recorded on
-    CUDA. In eval mode the model stays as it is. Weights may change, but not move in memory. Every
-    backward writes its gradients to the same place, so there can be only one a step."""
+    """Record model(tokens, targets), both [rows, n_tokens], and its backward; later calls replay them
+    and take no other arguments. In eval mode the model runs as before. Weights may change, but not
+    move in memory. Every backward writes its gradients to the same place, so there can be only one
+    a step."""
     example = torch.zeros(rows, n_tokens, dtype=torch.long, device=model.embed.weight.device)
     torch.cuda.make_graphed_callables(model, (example, example.clone()))
 

@@ -66,7 +66,7 @@ class RunOptions:
     compile: bool = option(None, "torch.compile: slower start, faster steps (default: on CUDA, without "
                            "--cuda-graph)", may_change=True)
     cuda_graph: bool = option(None, "start all kernels of forward and backward with one call: for small "
-                              "models on one GPU (default: of tiny and toy on Shakespeare)", may_change=True)
+                              "models on one GPU (default: of tiny and toy on Shakespeare)", launch=True)
     recompute: bool = option(None, "for small GPUs: keep no activations of blocks, compute them again "
                              "in backward (a quarter slower)", may_change=True)
     json: bool = option(False, "the summary as one JSON line on stdout, everything else on stderr",
@@ -124,9 +124,10 @@ def usual_lr(preset: dict, optimizer: str) -> float:
 def usual(opt, preset: dict) -> dict:
     """Defaults that depend on the preset, the optimizer and the device."""
     on_cuda, graph = opt.device == "cuda", opt.cuda_graph
-    if graph is None:  # tiny and toy on bytes: to compile them would take as long as to train them
-        on_bytes = opt.data in ("shakespeare", "random") and not opt.vocab_size
-        graph = preset.get("cuda_graph", False) and on_bytes and can_record(opt, preset)
+    if graph is None:  # tiny and toy: compiling takes half as long as training. Not with a large
+        # vocabulary, whose fp32 logits only a compiled head keeps out of memory
+        as_preset = opt.data in ("shakespeare", "random") and not (opt.n_layer or opt.n_embd or opt.vocab_size)
+        graph = preset.get("cuda_graph", False) and as_preset and not opt.compile and can_record(opt, preset)
     return dict(lr=usual_lr(preset, opt.optimizer), dtype="bfloat16" if on_cuda else "float32",
                 cuda_graph=graph, compile=on_cuda and not graph,
                 eval_every=preset.get("every", max(1, opt.steps // 10)),

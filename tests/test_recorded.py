@@ -50,7 +50,7 @@ def test_training_with_a_graph_is_training(dtype, small_run, tmp_path):
     for name, way in (("plain", "--no-cuda-graph"), ("graph", "--cuda-graph")):
         train.main([*argv, way, "--out", str(tmp_path / name)])
     train.main([*argv, "--cuda-graph", "--out", str(tmp_path / "parts"), "--steps", "5", "--warmup", "0", "--cooldown", "0"])
-    train.main(["--resume", str(tmp_path / "parts"), "--steps", "6"])
+    train.main(["--resume", str(tmp_path / "parts"), "--steps", "6", "--cuda-graph"])
     plain, graph = (read_log(tmp_path / name)[0] for name in ("plain", "graph"))
     for step in plain:
         assert graph[step]["loss"] == pytest.approx(plain[step]["loss"], rel=1e-4)

@@ -66,6 +66,8 @@ def main(argv=None):
     opt = parse(Options, evaluation.__doc__, argv)
     recipes = check(opt)
     opt.device = pick_device(opt.device)
+    if opt.compile and opt.device != "cuda":
+        fail("--compile is for CUDA; elsewhere text is written the simple way")
     opt.dtype = opt.dtype or ("bfloat16" if opt.device == "cuda" else "float32")
     for path in opt.targets:
         if not path.exists():

@@ -1,8 +1,11 @@
 """How fast 1.4b trains, writes and is quantized, one thing after another in one process.
 
-    python results/speed/measure.py train osp:float8:16 hf:bfloat16:8 >> results/speed/float8.jsonl
-    python results/speed/measure.py write >> results/speed/writing.jsonl
-    python results/speed/measure.py gptq >> results/speed/gptq.jsonl
+    python results/speed/measure.py train osp:float8:16 hf:bfloat16:8
+    python results/speed/measure.py write
+    python results/speed/measure.py gptq
+
+It prints lines of JSON. Those of float8.jsonl, writing.jsonl and gptq.jsonl beside this file also
+say which host, or which code, they are of.
 
 train: three steps of 256 x 2048 random tokens, optimizer included, of each METHOD:DTYPE:MICRO-BATCH
     osp, adam      train.py's own models and optimizers
@@ -24,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs from any directory
 
-from nanoosp.options import command, early, option, parse  # noqa: E402 (it needs the line above)
+from nanoosp.options import command, early, fail, option, parse  # noqa: E402 (it needs the line above)
 
 
 @dataclass
@@ -51,6 +54,9 @@ from quantize import Recipe, linears, quantize, recipe_scale, weight_codes  # no
 from tools.bench import mark, matmul_flops, median_ms  # noqa: E402
 from tools.packed import Int4Linear  # noqa: E402
 from tools.writing import Writer  # noqa: E402
+
+
+DTYPES = ("bfloat16", "float8", "float8-all", "torchao", "torchao-all")
 
 
 def emit(**record):
@@ -99,6 +105,9 @@ def in_other_float8(model, dtype: str):
 
 def time_training(name: str, small: bool):
     method, dtype, micro = name.split(":")
+    kinds = {"osp": DTYPES, "adam": DTYPES[:2], "adam16": DTYPES[:3], "hf": DTYPES[:1]}
+    if dtype not in kinds.get(method, ()):
+        fail(f"{name}: that was not built; see --help")
     shape = "--preset tiny --device cpu --batch-size 16" if small else "--preset 1.4b --batch-size 256"
     argv = [*shape.split(), "--bench", "--lr", "1e-5", "--micro-batch-size", micro,
             "--dtype", "bfloat16" if "-all" in dtype or dtype == "torchao" else dtype]
@@ -163,11 +172,17 @@ def time_writing(small: bool):
                 scale, (parent, _, child) = recipe_scale(W, recipe), name.rpartition(".")
                 int4 = Int4Linear(weight_codes(W, scale, recipe), scale)
                 setattr(model.get_submodule(parent), child, int4)
-        ways = {"simple": model, "graph": Writer(model, len(prompt) + n),
-                "compiled": Writer(model, len(prompt) + n, compile=not small),
-                "compiled, full window": Writer(model, window, compile=not small)}
-        for way, writer in ways.items():
+        length, compile = len(prompt) + n, not small
+        ways = {"simple, first": lambda: model, "simple": lambda: model,
+                "graph": lambda: Writer(model, length),
+                "compiled": lambda: Writer(model, length, compile),
+                "compiled, full window": lambda: Writer(model, window, compile)}
+        for way, make in ways.items():
+            writer = None
+            gc.collect()  # a writer and its graph go only now
+            writer = make()
             if not small:
+                torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             times = [time.perf_counter()]
             for _ in generate(writer, prompt, n, window, temperature=0.8):
@@ -187,7 +202,7 @@ def time_gptq(small: bool):
     seconds, codes = time.perf_counter() - began, hashlib.sha256()
     for name, linear in sorted(linears(quantized).items()):
         codes.update(linear.weight.cpu().numpy().tobytes())
-    emit(gptq_s=seconds, sha256=codes.hexdigest())
+    emit(gptq_s=seconds, sha256=codes.hexdigest(), peak_memory_gib=peak_memory_gib(str(tokens.device)))
 
 
 @command
