@@ -26,6 +26,7 @@ from nanoosp.run import Run, RunOptions, check_options, micro_batch_size, restor
 
 # Shape and schedule. Learning rates of tiny and toy come from sweeps (results/README.md), of small
 # from their trend with width, of 1.4b from the paper (App. A.1). micro: micro-batch for 80 GB.
+# every: steps between evaluations, and between checkpoints. cuda_graph: see --help.
 PRESETS = {
     "tiny": dict(  # two CPU cores, two to four minutes
         n_layer=4, n_head=4, n_embd=128, seq_len=128, batch_size=16, steps=800,

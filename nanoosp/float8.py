@@ -11,9 +11,9 @@ moves its largest value to the format's largest. So an outlier pushes all others
 values below which E4M3 has nothing but zero: outlier-safe activations are what this format wants.
 
 Only the linears of the blocks multiply so. With head and EmbProj too, OSP's loss on Shakespeare was
-0.2 higher (docs/scale.md). The rest computes as with --dtype bfloat16. So does
-everything without a gradient: evaluation sees the model as it is. Parameters, their gradients, the
-optimizer and checkpoints stay fp32.
+0.2 higher (docs/scale.md). The rest computes as with --dtype bfloat16. So does everything without a
+gradient: evaluation sees the model as it is. Parameters, their gradients, the optimizer and
+checkpoints stay fp32.
 """
 
 import torch
@@ -70,8 +70,8 @@ def compute_in(model, dtype: str):
     """Let `model` compute as --dtype says. Parameters, and what a state_dict calls them, stay. Ends
     the program where there are no float8 products."""
     model.compute_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
-    linears = [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]
     if dtype == "float8":
+        linears = [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]
         check_float8(linears)
         for linear in linears:
             linear.__class__ = Float8Linear  # the same tensors, with another forward()

@@ -58,6 +58,7 @@ from tools.ablation import ablation_table, mean_and_spread, with_rate  # noqa: E
 from results.ffn_hidden.trace import VARIANTS  # noqa: E402
 
 METHODS = ("rtn", "had", "gptq", "quarot", "spinquant")
+LABELS = {"adam": "Adam", "osp": "OSP"}
 ABLATION_BITS = ("4-4-16", "4-4-4", "3-3-3")
 FLOOR = -6 / 385  # the kurtosis of Gaussian vectors with 384 channels, the width of most models
 KNOB = ("Adam", "Muon-only", "Muon", "OSP")
@@ -559,8 +560,7 @@ def writing() -> str:
 
 
 def float8_speed() -> str:
-    names = {"osp": "OSP", "adam": "Adam", "adam16": "Adam, bf16 stream",
-             "hf": "transformers, torch.optim.Muon"}
+    names = LABELS | {"adam16": "Adam, bf16 stream", "hf": "transformers, torch.optim.Muon"}
     found, rows = records("speed/float8.jsonl")[1:], []
     for r in found:
         method, dtype, micro = r["model"].split(":")
@@ -581,7 +581,7 @@ def float8_quality() -> str:
     for (text, method, dtype), runs in groups.items():
         cell = lambda key, digits: mean_and_spread([r[key] for r in runs], digits)
         costs = [cell("rtn", 4), cell("had", 4)] if text == "toy" else ["-", "-"]  # other windows
-        rows.append([text, {"adam": "Adam", "osp": "OSP"}[method], dtype, f"{len(runs)}",
+        rows.append([text, LABELS[method], dtype, f"{len(runs)}",
                      cell("val_loss", 4), cell("kurtosis", 2), *costs])
     return markdown(["text", "", "products", "runs", "validation loss",
                      "excess kurtosis (Gaussian -0.016)", *ADDED], rows)
@@ -599,7 +599,7 @@ def toy_seconds() -> str:
         others = r["wall_s"] - r["first_step_s"] - r["other_steps_s"]
         seconds = r["wall_s"], r["first_step_s"], r["other_steps_s"], others
         memory = f"{r['peak_memory_gib']:.1f} GiB" if r["peak_memory_gib"] else "-"
-        rows.append([{"adam": "Adam", "osp": "OSP"}[r["method"]], f"{r.get('host', 1)}", r["code"],
+        rows.append([LABELS[r["method"]], f"{r['host']}", r["code"],
                      *(f"{s:.1f}" for s in seconds), memory])
     return markdown(["", "host", "code", "seconds in all", "first step", "other steps", "the rest",
                      "peak memory"], rows)
@@ -629,8 +629,7 @@ def rates_tiny() -> str:
     for (row, lr, embed_lr), runs in sorted(groups.items()):
         rate = f"{lr:g}" + (f", embedding and head {embed_lr:g}" if embed_lr else "")
         loss, kurtosis = ([r[key] for r in runs] for key in ("val_loss", "kurtosis"))
-        label = {"adam": "Adam", "osp": "OSP"}[row]
-        rows.append([label, rate, str(len(runs)), mean_and_spread(loss, 4),
+        rows.append([LABELS[row], rate, str(len(runs)), mean_and_spread(loss, 4),
                      mean_and_spread(kurtosis, 2)])
     return markdown(["", "peak learning rate", "runs", "validation loss", "excess kurtosis"], rows)
 

@@ -15,6 +15,7 @@ On a GPU the kernels of one more step are listed, those that take the longest fi
 GPUs, waiting for the others counts as time of the nccl kernels.
 """
 
+import functools
 import json
 import math
 import statistics
@@ -73,22 +74,8 @@ def bench(opt, ranks) -> tuple[dict, str]:
         data = RandomTokens(n_ids, opt.seq_len)
     else:
         data, _ = open_datasets(opt.data, opt.seq_len, opt.seed, ranks)
-    model, optimizers, forward = train.build(opt, data.meta["vocab_size"], ranks)
-    micro = micro_batch_size(opt, preset, ranks.world)
-
-    def step(i):
-        """A step of train.py's loop. Returns marks: its start, before the optimizers, its end."""
-        start = mark(device)
-        batch = data.batch(i, opt.batch_size, ranks.rank, ranks.world)
-        loss = train.backward(forward, torch.from_numpy(batch).to(device), micro, ranks)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), opt.grad_clip or math.inf)
-        ranks.mean(torch.stack([loss, norm]))
-        before_optimizers = mark(device)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=ranks.world == 1)
-        return start, before_optimizers, mark(device)
-
+    built = train.build(opt, data.meta["vocab_size"], ranks)
+    model, step = built[0], functools.partial(timed_step, opt, ranks, data, built)
     marks = []
     for i in tqdm(range(UNTIMED + opt.steps), "bench", leave=False,
                   disable=None if ranks.first else True):
@@ -109,6 +96,23 @@ def bench(opt, ranks) -> tuple[dict, str]:
         return result, ""
     result["kernels"], text = longest_kernels(lambda: step(UNTIMED + opt.steps))
     return result, text
+
+
+def timed_step(opt, ranks, data, built, i: int):
+    """Step number i of train.py's loop, for what train.build() returned. Returns marks: its start,
+    before the optimizers, its end."""
+    model, optimizers, forward = built
+    micro = micro_batch_size(opt, train.PRESETS[opt.preset], ranks.world)
+    start = mark(ranks.device)
+    batch = data.batch(i, opt.batch_size, ranks.rank, ranks.world)
+    loss = train.backward(forward, torch.from_numpy(batch).to(ranks.device), micro, ranks)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), opt.grad_clip or math.inf)
+    ranks.mean(torch.stack([loss, norm]))
+    before_optimizers = mark(ranks.device)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=ranks.world == 1)
+    return start, before_optimizers, mark(ranks.device)
 
 
 def flops_per_token(model, seq_len: int) -> int:

@@ -1,7 +1,7 @@
 """Writing fast: a stand-in for the model that eval.generate() calls. The text to read is generate()
 with Transformer.forward; this gives the same tokens.
 
-There a GPU waits for Python: a token takes a thousand kernels, each started on its own, and K and V
+There a GPU waits for Python: a token takes hundreds of kernels, each started on its own, and K and V
 are copied for every token to make room for one more. Here they lie in memory for the whole window
 from the start. So every token takes exactly the same kernels on the same memory, and CUDA can
 record them once, as a graph, and start all of them with a single call.

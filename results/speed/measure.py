@@ -51,7 +51,7 @@ from model import Config, Transformer  # noqa: E402
 from nanoosp.float8 import Float8Linear  # noqa: E402
 from nanoosp.machine import Ranks, peak_memory_gib  # noqa: E402
 from quantize import Recipe, linears, quantize, recipe_scale, weight_codes  # noqa: E402
-from tools.bench import mark, matmul_flops, median_ms  # noqa: E402
+from tools.bench import matmul_flops, median_ms, timed_step  # noqa: E402
 from tools.packed import Int4Linear  # noqa: E402
 from tools.writing import Writer  # noqa: E402
 
@@ -116,37 +116,21 @@ def time_training(name: str, small: bool):
     ranks, began = Ranks(device=opt.device), time.perf_counter()
     data = RandomTokens(train.model_config(opt, 256).vocab_size, opt.seq_len)
     if method == "hf":
-        model, optimizers, forward = transformers_model(opt, ranks.device)
+        built = transformers_model(opt, ranks.device)
     else:
-        model, optimizers, forward = train.build(opt, data.meta["vocab_size"], ranks)
+        built = train.build(opt, data.meta["vocab_size"], ranks)
     if opt.dtype != dtype:
-        in_other_float8(model, dtype)
+        in_other_float8(built[0], dtype)
     if method == "adam16":
-        model.at_embed.register_forward_hook(lambda module, inputs, x: x.bfloat16())
-    marks = []
-    for i in range(4):
-        start = mark(ranks.device)
-        batch = torch.from_numpy(data.batch(i, opt.batch_size)).to(ranks.device)
-        train.backward(forward, batch, int(micro), ranks)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        middle = mark(ranks.device)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        marks.append((start, middle, mark(ranks.device)))
-        if i == 0:
-            wait(ranks.device)
-            first = time.perf_counter() - began
+        built[0].at_embed.register_forward_hook(lambda module, inputs, x: x.bfloat16())
+    marks = [timed_step(opt, ranks, data, built, 0)]
+    first = time.perf_counter() - began
+    marks += [timed_step(opt, ranks, data, built, i) for i in range(1, 4)]
     starts, middles, ends = zip(*marks[1:])
     ms = median_ms(starts, ends)
     emit(model=name, tokens_per_s=opt.batch_size * opt.seq_len / ms * 1e3, step_ms=ms,
          optimizer_ms=median_ms(middles, ends), first_step_s=first,
          peak_memory_gib=peak_memory_gib(ranks.device))
-
-
-def wait(device: str):
-    if device != "cpu":
-        torch.cuda.synchronize()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -198,7 +182,8 @@ def time_gptq(small: bool):
     tokens = torch.randint(model.config.vocab_size, (rows, length), device=model.embed.weight.device)
     began = time.perf_counter()
     quantized = quantize(model, Recipe("4-16-16", "gptq"), tokens)
-    wait(str(tokens.device))
+    if not small:
+        torch.cuda.synchronize()
     seconds, codes = time.perf_counter() - began, hashlib.sha256()
     for name, linear in sorted(linears(quantized).items()):
         codes.update(linear.weight.cpu().numpy().tobytes())
