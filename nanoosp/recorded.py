@@ -1,6 +1,8 @@
 """CUDA graphs: kernels that are recorded once and then started together, with a single call. For a
 small model Python takes longer to start each kernel than it runs."""
 
+import warnings
+
 import torch
 
 
@@ -10,6 +12,7 @@ def record_training(model, rows: int, n_tokens: int):
     move in memory. Every backward writes its gradients to the same place, so there can be only one
     a step."""
     example = torch.zeros(rows, n_tokens, dtype=torch.long, device=model.embed.weight.device)
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # not that of recording: as meant
     torch.cuda.make_graphed_callables(model, (example, example.clone()))
 
 
