@@ -34,6 +34,8 @@ class Ranks:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        # --compile: else a block is cut wherever a bucket of gradients is full, into parts that fuse less
+        torch._dynamo.config.optimize_ddp = False
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
     @property
