@@ -510,20 +510,24 @@ def where_time_goes() -> str:
 
 
 def two_gpus() -> str:
-    """A row for each host: tokens/s of its GPUs alone, of both together, and their ratio."""
+    """A row for each host and dtype: OSP's tokens/s on each GPU alone, on both together, and their ratio."""
     alone, together = {}, {}
     for r in records("speed/1.4b.jsonl") + records("speed/two_gpus.jsonl"):
+        key = r.get("host", 1), r.get("dtype", "bfloat16")
+        if r.get("method", "osp") != "osp":
+            continue
         if r.get("bench") in ("one", "a_micro8"):
-            alone.setdefault(r.get("host", 1), []).append(r["tokens_per_s"])
+            alone.setdefault(key, []).append(r["tokens_per_s"])
         elif r.get("bench") in ("two", "b_two"):
-            together[r.get("host", 1)] = r["tokens_per_s"]
+            together[key] = r["tokens_per_s"]
     rows = []
-    for host, ones in alone.items():
+    for (host, dtype), ones in alone.items():
         both = ["-", "-"]
-        if host in together:
-            both = [f"{together[host]:,.0f}", f"{together[host] / statistics.mean(ones):.2f}"]
-        rows.append([f"{host}", " and ".join(f"{speed:,.0f}" for speed in ones), *both])
-    return markdown(["host", "tokens/s of one GPU", "of two", "ratio"], rows)
+        if (host, dtype) in together:
+            speed = together[host, dtype]
+            both = [f"{speed:,.0f}", f"{speed / statistics.mean(ones):.2f}"]
+        rows.append([f"{host}", dtype, " and ".join(f"{speed:,.0f}" for speed in ones), *both])
+    return markdown(["host", "products", "tokens/s of one GPU", "of two", "ratio"], rows)
 
 
 def forward_backward_variants() -> str:
@@ -553,38 +557,104 @@ def newton_schulz() -> str:
 
 
 def writing() -> str:
-    rows = [[r["weights"], r["way"], f"{r['host']}", f"{r['tokens_per_s']:,.0f}",
-             f"{r['second_s']:.1f} s"]
-            for r in sorted(records("speed/writing.jsonl")[1:], key=lambda r: r["host"])]
-    return markdown(["weights", "step", "host", "tokens/s", "second token after"], rows)
+    rows = []
+    for r in records("speed/writing.jsonl")[1:]:
+        if r["host"] > 1:  # the first one's code waited longer for a token
+            memory = f"{r['peak_memory_gib']:.2f} GiB" if r["host"] == 3 else "-"
+            rows.append([r["weights"], r["way"], f"{r['host']}", f"{r['tokens_per_s']:,.0f}",
+                         f"{r['first_s']:.2f} s", f"{r['second_s']:.1f} s", memory])
+    return markdown(["weights", "step", "host", "tokens/s", "first token after", "second token after",
+                     "peak memory"], rows)
+
+
+def float8_rows() -> list[dict]:
+    """speed/float8.jsonl with the parts of a row's name, and its speed beside OSP in bfloat16 on the same host."""
+    found = records("speed/float8.jsonl")[1:]
+    for r in found:
+        r["method"], r["dtype"], r["micro"] = r["model"].split(":")
+        base = [b["tokens_per_s"] for b in found
+                if b["host"] == r["host"] and b["model"] == f"osp:bfloat16:{r['micro']}"]
+        r["ratio"] = r["tokens_per_s"] / statistics.mean(base) if base else None
+    return found
 
 
 def float8_speed() -> str:
-    names = LABELS | {"adam16": "Adam, bf16 stream", "hf": "transformers, torch.optim.Muon"}
-    found, rows = records("speed/float8.jsonl")[1:], []
-    for r in found:
-        method, dtype, micro = r["model"].split(":")
-        base = [b["tokens_per_s"] for b in found
-                if b["host"] == r["host"] and b["model"] == f"osp:bfloat16:{micro}"]
-        rows.append([f"{r['host']}", names[method], dtype, micro, f"{r['tokens_per_s']:,.0f}",
-                     f"{r['tokens_per_s'] / statistics.mean(base):.3f}",
-                     f"{r['optimizer_ms']:.0f} ms", f"{r['peak_memory_gib']:.1f} GiB"])
-    return markdown(["host", "", "products", "micro-batch", "tokens/s", "of OSP in bfloat16",
-                     "optimizer", "peak memory"], rows)
+    names, rows = LABELS | {"hf": "transformers, torch.optim.Muon"}, []
+    base = 0
+    for r in float8_rows():
+        if r["host"] == 4:
+            base = base or r["tokens_per_s"]  # OSP in bfloat16 comes first
+            rows.append([names[r["method"]], r["dtype"], r["micro"], f"{r['tokens_per_s']:,.0f}",
+                         f"{r['tokens_per_s'] / base:.3f}", f"{r['optimizer_ms']:.0f} ms",
+                         f"{r['peak_memory_gib']:.1f} GiB"])
+    return markdown(["", "products", "micro-batch", "tokens/s", "of OSP in bfloat16", "optimizer",
+                     "peak memory"], rows)
 
 
-def float8_quality() -> str:
+FLOAT8 = {"float8": "blocks", "torchao": "blocks, torchao", "float8-all": "all linears",
+          "torchao-all": "all linears, torchao"}
+SUMS = {"fast": "-", "weights": "the weights' gradients", "exact": "both gradients"}
+
+
+def float8_variants() -> str:
+    groups = {}
+    for r in float8_rows():
+        if r["method"] == "osp" and r["micro"] == "16" and "sums" in r:
+            group = FLOAT8[r["dtype"]], SUMS[r["sums"]]
+            groups.setdefault(group, []).append(f"{r['ratio']:.3f} (host {r['host']})")
+    order = [*FLOAT8.values(), *SUMS.values()]
+    rows = [[*group, ", ".join(groups[group])] for group in
+            sorted(groups, key=lambda group: [order.index(part) for part in group])]
+    return markdown(["linears in float8", "summed exactly", "times the speed of bfloat16"], rows)
+
+
+def float8_adam() -> str:
+    """OSP's speed beside Adam's, on hosts that ran both in the same way."""
+    found, rows = float8_rows(), []
+    for host, kind, sums in ((2, "bfloat16:8", None), (2, "float8-all:16", "exact"), (3, "float8:16", "weights")):
+        speed = {}
+        for r in found:
+            if r["host"] == host and r["model"].endswith(f":{kind}") and r.get("sums") == sums:
+                speed.setdefault(r["method"], []).append(r["tokens_per_s"])
+        osp, adam16, adam = (statistics.mean(speed[name]) for name in ("osp", "adam16", "adam"))
+        dtype, micro = kind.split(":")
+        rows.append([{"bfloat16": "none"}.get(dtype) or FLOAT8[dtype], micro, f"{osp:,.0f}", f"{adam16:,.0f}",
+                     f"{osp / adam16:.3f}", f"{adam:,.0f}", f"{osp / adam:.3f}"])
+    return markdown(["linears in float8", "micro-batch", "OSP, tokens/s", "Adam, bf16 stream", "ratio",
+                     "Adam, as usual", "ratio"], rows)
+
+
+def float8_runs() -> dict:
+    """The runs of float8/runs.jsonl by text, method and dtype."""
     groups = {}
     for r in records("float8/runs.jsonl")[1:]:
         groups.setdefault((r["text"], r["method"], r["dtype"]), []).append(r)
+    return groups
+
+
+def float8_quality() -> str:
     rows = []
-    for (text, method, dtype), runs in groups.items():
-        cell = lambda key, digits: mean_and_spread([r[key] for r in runs], digits)
-        costs = [cell("rtn", 4), cell("had", 4)] if text == "toy" else ["-", "-"]  # other windows
-        rows.append([text, LABELS[method], dtype, f"{len(runs)}",
-                     cell("val_loss", 4), cell("kurtosis", 2), *costs])
+    for (text, method, dtype), runs in float8_runs().items():
+        if dtype in ("bfloat16", "float8"):
+            cells = [mean_and_spread([r[key] for r in runs], digits)
+                     for key, digits in (("val_loss", 4), ("kurtosis", 2), ("rtn", 4), ("had", 4))]
+            rows.append([text, LABELS[method], dtype, f"{len(runs)}", *cells])
     return markdown(["text", "", "products", "runs", "validation loss",
                      "excess kurtosis (Gaussian -0.016)", *ADDED], rows)
+
+
+def float8_losses() -> str:
+    """A row for each text and method, a column for each way to use float8."""
+    dtypes = {"bfloat16": "none", "float8": "blocks", "float8-exact": "blocks, exact sums",
+              "float8-all": "all linears, exact sums", "float8-all-e4m3": "the same, gradients in E4M3"}
+    runs, rows = float8_runs(), []
+    for text, method in dict.fromkeys(key[:2] for key in runs):
+        cells = [mean_and_spread([r["val_loss"] for r in runs[text, method, dtype]], 4) for dtype in dtypes]
+        kurtosis = [f"{statistics.mean(r['kurtosis'] for r in runs[text, method, dtype]):.1f}" for dtype in dtypes]
+        rows.append([text, LABELS[method], "loss", *cells])
+        if method == "adam":
+            rows.append([text, LABELS[method], "kurtosis", *kurtosis])
+    return markdown(["text", "", "", *dtypes.values()], rows)
 
 
 def float8_parts() -> str:
@@ -687,7 +757,10 @@ TABLES = {
     "writing": writing,
     "toy_seconds": toy_seconds,
     "float8_speed": float8_speed,
+    "float8_variants": float8_variants,
+    "float8_adam": float8_adam,
     "float8_quality": float8_quality,
+    "float8_losses": float8_losses,
     "float8_parts": float8_parts,
     "adam_parts": adam_parts,
     "knob_lr": lambda: knob("lr"),
