@@ -559,7 +559,7 @@ def newton_schulz() -> str:
 def writing() -> str:
     rows = []
     for r in records("speed/writing.jsonl")[1:]:
-        if r["host"] > 1:  # the first one's code waited longer for a token
+        if r["host"] > 1:  # the first one's code wrote differently
             memory = f"{r['peak_memory_gib']:.2f} GiB" if r["host"] == 3 else "-"
             rows.append([r["weights"], r["way"], f"{r['host']}", f"{r['tokens_per_s']:,.0f}",
                          f"{r['first_s']:.2f} s", f"{r['second_s']:.1f} s", memory])

@@ -3,15 +3,18 @@ import json
 import os
 import random
 import signal
+import socket
 import time
 
 import pytest
 import torch
 from conftest import read_log
 from launch import finish, run, start
+from torch.nn.parallel import DistributedDataParallel
 
 import train
 from eval import excess_kurtosis, gaussian_floor
+from model import Config, Transformer
 from nanoosp import run as run_directory
 from nanoosp.machine import Ranks
 from nanoosp.options import parse
@@ -300,3 +303,24 @@ def test_kurtosis_of_gaussian_one_hot_and_constant_vectors():
             excess_kurtosis(one_hot), torch.tensor((1 - 6 * mean * (1 - mean)) / (mean * (1 - mean))), rtol=1e-3
         )
     assert excess_kurtosis(torch.full((2, 64), 3.0)).tolist() == [0, 0]
+
+
+def test_ddp_leaves_a_compiled_block_whole(monkeypatch):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    for name, value in dict(RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)  # torch's default; put back after the test
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with Ranks.start("cpu"):
+        model = Transformer(Config(n_layer=1))
+        model.blocks[0].compile(backend=backend)
+        buckets = DistributedDataParallel(model, bucket_cap_mb=0.01)  # less than one of its matrices
+        buckets(torch.zeros(2, 8, dtype=torch.long)).sum().backward()
+    assert len(graphs) == 1
