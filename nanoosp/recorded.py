@@ -12,7 +12,8 @@ def record_training(model, rows: int, n_tokens: int):
     move in memory. Every backward writes its gradients to the same place, so there can be only one
     a step."""
     example = torch.zeros(rows, n_tokens, dtype=torch.long, device=model.embed.weight.device)
-    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # not that of recording: as meant
+    # Gradients are added up on another stream than the graph was recorded on, as they should be
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
     torch.cuda.make_graphed_callables(model, (example, example.clone()))
 
 

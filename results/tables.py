@@ -568,30 +568,26 @@ def writing() -> str:
 
 
 def float8_rows() -> list[dict]:
-    """speed/float8.jsonl with the parts of a row's name, and its speed beside OSP in bfloat16 on the same host."""
+    """speed/float8.jsonl with the parts of a row's name, and its speed beside the same host's OSP in bfloat16."""
     found = records("speed/float8.jsonl")[1:]
     for r in found:
         r["method"], r["dtype"], r["micro"] = r["model"].split(":")
         base = [b["tokens_per_s"] for b in found
-                if b["host"] == r["host"] and b["model"] == f"osp:bfloat16:{r['micro']}"]
-        r["ratio"] = r["tokens_per_s"] / statistics.mean(base) if base else None
+                if b["host"] == r["host"] and b["model"] == "osp:bfloat16:16"]
+        r["ratio"] = r["tokens_per_s"] / statistics.mean(base)
     return found
 
 
 def float8_speed() -> str:
-    names, rows = LABELS | {"hf": "transformers, torch.optim.Muon"}, []
-    base = 0
-    for r in float8_rows():
-        if r["host"] == 4:
-            base = base or r["tokens_per_s"]  # OSP in bfloat16 comes first
-            rows.append([names[r["method"]], r["dtype"], r["micro"], f"{r['tokens_per_s']:,.0f}",
-                         f"{r['tokens_per_s'] / base:.3f}", f"{r['optimizer_ms']:.0f} ms",
-                         f"{r['peak_memory_gib']:.1f} GiB"])
+    names = LABELS | {"hf": "transformers, torch.optim.Muon"}
+    rows = [[names[r["method"]], r["dtype"], r["micro"], f"{r['tokens_per_s']:,.0f}",
+             f"{r['ratio']:.3f}", f"{r['optimizer_ms']:.0f} ms", f"{r['peak_memory_gib']:.1f} GiB"]
+            for r in float8_rows() if r["host"] == 4]
     return markdown(["", "products", "micro-batch", "tokens/s", "of OSP in bfloat16", "optimizer",
                      "peak memory"], rows)
 
 
-FLOAT8 = {"float8": "blocks", "torchao": "blocks, torchao", "float8-all": "all linears",
+FLOAT8 = {"bfloat16": "none", "float8": "blocks", "torchao": "blocks, torchao", "float8-all": "all linears",
           "torchao-all": "all linears, torchao"}
 SUMS = {"fast": "-", "weights": "the weights' gradients", "exact": "both gradients"}
 
@@ -618,7 +614,7 @@ def float8_adam() -> str:
                 speed.setdefault(r["method"], []).append(r["tokens_per_s"])
         osp, adam16, adam = (statistics.mean(speed[name]) for name in ("osp", "adam16", "adam"))
         dtype, micro = kind.split(":")
-        rows.append([{"bfloat16": "none"}.get(dtype) or FLOAT8[dtype], micro, f"{osp:,.0f}", f"{adam16:,.0f}",
+        rows.append([FLOAT8[dtype], micro, f"{osp:,.0f}", f"{adam16:,.0f}",
                      f"{osp / adam16:.3f}", f"{adam:,.0f}", f"{osp / adam:.3f}"])
     return markdown(["linears in float8", "micro-batch", "OSP, tokens/s", "Adam, bf16 stream", "ratio",
                      "Adam, as usual", "ratio"], rows)
@@ -649,10 +645,11 @@ def float8_losses() -> str:
               "float8-all": "all linears, exact sums", "float8-all-e4m3": "the same, gradients in E4M3"}
     runs, rows = float8_runs(), []
     for text, method in dict.fromkeys(key[:2] for key in runs):
-        cells = [mean_and_spread([r["val_loss"] for r in runs[text, method, dtype]], 4) for dtype in dtypes]
-        kurtosis = [f"{statistics.mean(r['kurtosis'] for r in runs[text, method, dtype]):.1f}" for dtype in dtypes]
-        rows.append([text, LABELS[method], "loss", *cells])
-        if method == "adam":
+        groups = [runs[text, method, dtype] for dtype in dtypes]
+        losses = [mean_and_spread([r["val_loss"] for r in group], 4) for group in groups]
+        rows.append([text, LABELS[method], "loss", *losses])
+        if method == "adam":  # OSP's is a Gaussian's in all of them
+            kurtosis = [f"{statistics.mean(r['kurtosis'] for r in group):.1f}" for group in groups]
             rows.append([text, LABELS[method], "kurtosis", *kurtosis])
     return markdown(["text", "", "", *dtypes.values()], rows)
 

@@ -29,15 +29,18 @@ def _child(argv, environment, output):
             raise SystemExit(1 if isinstance(error.code, str) else error.code) from None
 
 
+def torchrun_environments(world):
+    """The environment variables that torchrun gives to each of `world` ranks."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    common = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    return [dict(common, RANK=str(r), LOCAL_RANK=str(r)) for r in range(world)]
+
+
 def start(argv, tmp_path, world=1):
     """Start train.py with `argv` in `world` ranks. Returns the processes; rank r prints to tmp_path/rank<r>.txt."""
-    environments = [{}]
-    if world > 1:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        common = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        environments = [dict(common, RANK=str(r), LOCAL_RANK=str(r)) for r in range(world)]
+    environments = torchrun_environments(world) if world > 1 else [{}]
     processes = [
         context.Process(target=_child, args=(argv, e, tmp_path / f"rank{r}.txt"), daemon=True) for r, e in enumerate(environments)
     ]

@@ -3,13 +3,12 @@ import json
 import os
 import random
 import signal
-import socket
 import time
 
 import pytest
 import torch
 from conftest import read_log
-from launch import finish, run, start
+from launch import finish, run, start, torchrun_environments
 from torch.nn.parallel import DistributedDataParallel
 
 import train
@@ -306,11 +305,8 @@ def test_kurtosis_of_gaussian_one_hot_and_constant_vectors():
 
 
 def test_ddp_leaves_a_compiled_block_whole(monkeypatch):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    for name, value in dict(RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
-        monkeypatch.setenv(name, str(value))
+    for name, value in torchrun_environments(1)[0].items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)  # torch's default; put back after the test
     graphs = []
 
