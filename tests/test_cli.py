@@ -8,9 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from test_structure import ROOT, modules
 
 import eval as evaluation
 import quantize
@@ -19,9 +19,9 @@ from data import benchmarks, corpus, prepare
 from nanoosp import files
 from nanoosp.options import build_parser, flag, parse
 from results.ffn_hidden import trace
+from results.tables import PAGES
 from tools import evaluate, export
 
-ROOT = Path(train.__file__).parent
 DATA_SCRIPTS = {"data/prepare.py": prepare, "data/corpus.py": corpus,
                 "data/benchmarks.py": benchmarks}
 SCRIPTS = {name: (script.Options, script.__doc__) for name, script in DATA_SCRIPTS.items()} | {
@@ -53,7 +53,7 @@ def stand_in(folder, code, *modules):
     return {"PYTHONPATH": str(folder)}
 
 
-FILES = [path for path in ROOT.rglob("*.py") if "tests" not in path.parts]
+FILES = [*modules().values()]
 RUNNABLE = [str(path.relative_to(ROOT)) for path in FILES
             if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
 SLOW = ["results/ffn_hidden/trace.py"]  # its options are train.py's and more, so it imports train.py
@@ -66,7 +66,7 @@ def test_help_and_mistakes_are_answered_from_any_directory_before_torch_is_impor
     packages = ["tokenizers", "pyarrow", "huggingface_hub", "transformers", "matplotlib"]
     environment = stand_in(tmp_path, "raise SystemExit('{} was imported')",
                            *packages, *["torch"] * (script not in SLOW))
-    before = {path: path.stat().st_mtime_ns for path in (*FILES, *ROOT.rglob("*.md"))}
+    before = {path: path.stat().st_mtime_ns for path in (*FILES, *PAGES)}
 
     def run(option):
         return subprocess.run([sys.executable, ROOT / script, option], capture_output=True,
