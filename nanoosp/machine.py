@@ -33,7 +33,10 @@ class Ranks:
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+            # device_id: else NCCL guesses from the rank which GPU is this process's, and warns of it
+            dist.init_process_group("nccl", device_id=torch.device(device))
+        else:
+            dist.init_process_group("gloo")
         # --compile: else a block is cut wherever a bucket of gradients is full, into parts that fuse less
         torch._dynamo.config.optimize_ddp = False
         return cls(dist.get_rank(), dist.get_world_size(), device)

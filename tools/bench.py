@@ -165,7 +165,7 @@ def median_ms(starts, ends) -> float:
 
 def longest_kernels(run) -> tuple[list[dict], str]:
     """The GPU's kernels that take the longest in run(): name, ms and share; and as text."""
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:  # else it warns
         run()
         torch.cuda.synchronize()
     kernels = profiler.key_averages()
