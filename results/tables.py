@@ -30,7 +30,6 @@ A table stands on one of PAGES between <!-- table NAME --> and <!-- end -->. A t
 what this file makes.
 """
 
-import itertools
 import json
 import re
 import statistics
@@ -511,46 +510,42 @@ def where_time_goes() -> str:
 
 
 def two_gpus() -> str:
-    """Each method and dtype on one GPU and on two, as the code is now: on host 7."""
+    """Both methods and dtypes on one GPU and on two: host 7, the only one with all eight runs of today's code."""
     runs = {(r["method"], r["dtype"], r["bench"]): r for r in two_gpu_records() if r["host"] == 7}
     rows = []
-    for method, dtype in itertools.product(("osp", "adam"), ("bfloat16", "float8")):
+    for method, dtype in [(method, dtype) for method in ("osp", "adam") for dtype in ("bfloat16", "float8")]:
         one, two = runs[method, dtype, "one"], runs[method, dtype, "two"]
         speeds = [f"{r['tokens_per_s']:,.0f}" for r in (one, two)]
         ratio = f"{two['tokens_per_s'] / one['tokens_per_s']:.2f}"
         optimizer = " and ".join(f"{r['optimizer_ms']:.0f}" for r in (one, two))
         memory = " and ".join(f"{r['peak_memory_gib']:.1f}" for r in (one, two))
         rows.append([LABELS[method], dtype, *speeds, ratio, optimizer, memory])
-    return markdown(["", "products", "tokens/s of one GPU", "of two", "ratio", "ms of the optimizer",
-                     "GiB on each GPU"], rows)
+    return markdown(["", "products", "tokens/s of one GPU", "of two", "ratio", "optimizer, ms: one and two",
+                     "GiB per GPU: one and two"], rows)
 
 
 def two_gpus_before() -> str:
-    """OSP's tokens/s on each GPU alone, on both, and their ratio, while DDP cut the compiled blocks."""
-    alone, together = {}, {}
+    """OSP's tokens/s on each GPU alone, on both, and their ratio: hosts 1 to 5, where DDP cut the compiled blocks."""
+    speeds = {}
     for r in two_gpu_records():
-        key = r["host"], r["dtype"]
         if r["method"] == "osp" and r["host"] <= 5:
-            if r["bench"] == "one":
-                alone.setdefault(key, []).append(r["tokens_per_s"])
-            else:
-                together[key] = r["tokens_per_s"]
+            of = speeds.setdefault((r["host"], r["dtype"]), {"one": [], "two": []})
+            of[r["bench"]].append(r["tokens_per_s"])
     rows = []
-    for (host, dtype), ones in alone.items():
+    for (host, dtype), of in speeds.items():
         both = ["-", "-"]
-        if (host, dtype) in together:
-            speed = together[host, dtype]
-            both = [f"{speed:,.0f}", f"{speed / statistics.mean(ones):.2f}"]
-        rows.append([f"{host}", dtype, " and ".join(f"{speed:,.0f}" for speed in ones), *both])
+        if of["two"]:
+            both = [f"{of['two'][0]:,.0f}", f"{of['two'][0] / statistics.mean(of['one']):.2f}"]
+        rows.append([f"{host}", dtype, " and ".join(f"{speed:,.0f}" for speed in of["one"]), *both])
     return markdown(["host", "products", "tokens/s of one GPU", "of two", "ratio"], rows)
 
 
 def two_gpu_records() -> list[dict]:
-    """The --bench of one GPU and of two. Early lines do not say what all of them had in common."""
+    """--bench on one GPU and on two, of all hosts. Early lines lack host, method and dtype: they get the usual ones."""
     names = {"a_micro8": "one", "b_two": "two", "one": "one", "two": "two"}
-    both = records("speed/1.4b.jsonl") + records("speed/two_gpus.jsonl")
     usual = dict(host=1, method="osp", dtype="bfloat16")
-    return [usual | r | dict(bench=names[r["bench"]]) for r in both if r.get("bench") in names]
+    lines = records("speed/1.4b.jsonl") + records("speed/two_gpus.jsonl")
+    return [usual | r | dict(bench=names[r["bench"]]) for r in lines if r.get("bench") in names]
 
 
 def forward_backward_variants() -> str:
