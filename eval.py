@@ -24,19 +24,12 @@ writing. The command line, its tables and figures are in tools/.
 """
 
 import functools
-import importlib
 import math
-import sys
 from contextlib import ExitStack
 
+from nanoosp.options import door
 
-def main(argv=None):
-    importlib.import_module("tools.evaluate").main(argv)  # the command line
-
-
-if __name__ == "__main__":  # first, because the command line answers --help before it imports torch
-    main()
-    sys.exit()
+door(__name__, "tools.evaluate")  # python eval.py: before torch, which takes seconds
 
 import torch
 from tqdm import tqdm

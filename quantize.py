@@ -34,19 +34,12 @@ of four bits in tools/.
 """
 
 import copy
-import importlib
 import math
-import sys
 from functools import partial
 
+from nanoosp.options import door
 
-def main(argv=None):
-    importlib.import_module("tools.export").main(argv)  # the command line
-
-
-if __name__ == "__main__":  # first, because the command line answers --help before it imports torch
-    main()
-    sys.exit()
+door(__name__, "tools.export")  # python quantize.py: before torch, which takes seconds
 
 import torch
 import torch.nn as nn

@@ -21,7 +21,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from nanoosp.options import command, early, fail, fill, option, parse
+from nanoosp.options import answer_before_torch, command, fail, fill, option, parse
 from nanoosp.run import Run, RunOptions, check_options, micro_batch_size, restore, resume, usual
 
 # Shape and schedule. Learning rates of tiny and toy come from sweeps (results/README.md), of small
@@ -82,7 +82,7 @@ class Options(RunOptions):
     seed: int = option(None, "for the initial weights and the data order (default: 0)", low=0)
 
 
-early("train.py", Options)  # answers --help and misspelt options before torch, which takes seconds
+answer_before_torch("train.py", Options)  # answers --help and misspelt options before torch, which takes seconds
 
 import torch
 from torch.nn.parallel import DistributedDataParallel

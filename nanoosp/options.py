@@ -9,7 +9,7 @@
         opt = parse(Options, __doc__, argv)
 
 A user's mistake ends with one line: exit code 2 for options (fail), 1 for files and failed runs (command). Nothing here
-imports torch, which takes seconds: the scripts of data/ do without it, and the others call early() before they do.
+imports torch, which takes seconds: the scripts of data/ do without it, and the others call answer_before_torch() first.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import importlib
 import math
 import os
 import re
@@ -92,7 +93,8 @@ def build_parser(options: type, docstring: str) -> Parser:
 
 
 def parse(options: type, docstring: str, argv=None):
-    """An instance of the dataclass `options`, from `argv` or else from sys.argv. Ends the program for a mistake."""
+    """An instance of the dataclass `options`, from `argv` or else from sys.argv. `given` in it: the names of what was
+    given. Ends the program for a mistake."""
     parser, argv = build_parser(options, docstring), sys.argv[1:] if argv is None else argv
     for before, word in zip(["an argument", *argv], argv):
         if word == "" or word.startswith("--") and word.endswith("="):
@@ -108,15 +110,28 @@ def parse(options: type, docstring: str, argv=None):
         problem = "unknown option" if unknown[0].startswith("-") else "unexpected word"
         fail(f"{problem} {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
     opt = options(**vars(args))
+    opt.given = {f.name for f in dataclasses.fields(opt) if getattr(opt, f.name) != f.default}
     check_ranges(opt)
     return opt
 
 
-def early(script: str, options: type, check=lambda opt: None):
-    """If `script` is the program that runs: answer --help and report mistakes in its options now, before the slow import
-    of torch. Until command() takes over, Ctrl-C ends it at once."""
+def door(name: str, module: str):
+    """If `name` is "__main__": go on with main() of the module that holds this script's command line, and end. Called
+    before the script imports torch, so that --help is answered at once. The module imports the script again, as a
+    library, and nothing imports the module: so imports go one way."""
+    if name == "__main__":
+        importlib.import_module(module).main()
+        sys.exit()
+
+
+def answer_before_torch(script: str, options: type, check=lambda opt: None):
+    """If `script` is the program that runs: answer --help and report mistakes in its options now, before the import of
+    torch, which takes seconds. Until command() takes over, Ctrl-C ends it at once. Also tells torch's threads to sleep
+    while they wait for each other. By default they spin, and take the cores from those they wait for: beside another
+    busy program a step of `tiny` takes ten times as long. The price, alone on two cores, is about a tenth."""
     main = sys.modules["__main__"]
     if Path(getattr(main, "__file__", None) or "").resolve() == ROOT / script:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         signal.signal(signal.SIGINT, exit_at_once)
         check(parse(options, main.__doc__))
 

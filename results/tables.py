@@ -42,7 +42,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # so that it runs from any directory
 
 from nanoosp.files import write_text  # noqa: E402 (it and the rest need the line above)
-from nanoosp.options import command, early, parse  # noqa: E402
+from nanoosp.options import answer_before_torch, command, parse  # noqa: E402
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Options:
     """There are none but --help."""
 
 
-early("results/tables.py", Options)
+answer_before_torch("results/tables.py", Options)
 
 from nanoosp.recipe import FORMATS  # noqa: E402
 from nanoosp.summary import table  # noqa: E402

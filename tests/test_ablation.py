@@ -17,11 +17,11 @@ import torch
 from conftest import read_log, train_osp
 from launch import _child, context
 
-import eval as evaluation
 import train
 from nanoosp.options import parse
 from nanoosp.run import label
 from tools import ablation
+from tools import evaluate
 
 TRAIN = Path(train.__file__)
 SEVEN = ["Adam (0.01)", "Adam, hot (0.02)", "Muon-only (0.01)", "Muon (0.01)",
@@ -297,7 +297,7 @@ def test_an_ablation_under_torchrun_is_refused(small_run, capsys, monkeypatch):
 def test_figures_are_drawn(dataset_dir, tmp_path, capsys):
     run = train_osp(tmp_path / "osp", dataset_dir, n_layer=2, n_embd=64, seq_len=32, steps=20)
     figures = tmp_path / "f"
-    evaluation.main([str(run), str(run), "--plot", str(figures)])
+    evaluate.main([str(run), str(run), "--plot", str(figures)])
     assert {path.name for path in figures.iterdir()} == {
         "grid.png", "activations.png", "curves.png", "layers.png", "sinks.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in figures.iterdir())

@@ -14,11 +14,11 @@ import torch
 import torch.nn as nn
 from conftest import train_osp
 
-import eval as evaluation
 from data import benchmarks as data
 from data.tokenizer import JsonTokenizer, tokenizer, without_token
 from model import Config, Transformer
 from quantize import Recipe, quantize
+from tools import evaluate
 from tools.loading import load
 from tools.report import describe_tasks, tasks_table
 from tools.tokenizer_json import json_from_encoding
@@ -528,7 +528,7 @@ def folder(tmp_path):
 def test_eval_scores_a_run_and_its_quantized_models(run, folder, capsys):
     command = [str(run), "--tasks", str(folder), "--device", "cpu",
                "--bits", "4-4-4,8-8-16", "--methods", "rtn,had"]
-    evaluation.main([*command, "--json"])
+    evaluate.main([*command, "--json"])
     row = json.loads(capsys.readouterr().out)[0]
     loaded = load(run)
     want = score_tasks(loaded.model, loaded.encoding, read_tasks([folder]), 32, 128)
@@ -536,7 +536,7 @@ def test_eval_scores_a_run_and_its_quantized_models(run, folder, capsys):
     for bits in ("4-4-4", "8-8-16"):
         for method in ("rtn", "had"):
             assert set(row["quantized"][bits][method]) == {"tasks", "benchmarks", "average"}
-    evaluation.main(command)
+    evaluate.main(command)
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[-6].split()[-3:] == ["gen", "mc", "average"]
     rows = ["osp", "osp 4-4-4 rtn", "osp 4-4-4 had", "osp 8-8-16 rtn", "osp 8-8-16 had"]
@@ -547,7 +547,7 @@ def test_eval_measures_text_and_tasks_together(run, folder, tmp_path, capsys):
     (tmp_path / "t.txt").write_text("some words of text " * 40)
     command = [str(run), "--tasks", str(folder / "mc.jsonl"), "--device", "cpu",
                "--text", str(tmp_path / "t.txt")]
-    evaluation.main([*command, "--bits", "4-4-4", "--methods", "rtn", "--json"])
+    evaluate.main([*command, "--bits", "4-4-4", "--methods", "rtn", "--json"])
     row = json.loads(capsys.readouterr().out)[0]
     assert row["val_loss"] > 0 and row["tasks"]["mc"]["n"] == 9
     assert {"val_loss", "added", "average"} <= set(row["quantized"]["4-4-4"]["rtn"])
@@ -556,7 +556,7 @@ def test_eval_measures_text_and_tasks_together(run, folder, tmp_path, capsys):
 def test_eval_says_what_is_wrong_in_one_line(run, folder, capsys):
     def fails(argv, code):
         with pytest.raises(SystemExit) as error:
-            evaluation.main([str(a) for a in argv])
+            evaluate.main([str(a) for a in argv])
         assert (error.value.code == 2) == (code == 2)
         message = (capsys.readouterr().err if code == 2 else error.value.code).strip()
         assert "\n" not in message and message.startswith("error: ")

@@ -55,7 +55,7 @@ def stand_in(folder, code, *modules):
 
 FILES = [*modules().values()]
 RUNNABLE = [str(path.relative_to(ROOT)) for path in FILES
-            if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
+            if re.search('__name__ == "__main__"|^door', path.read_text(encoding="utf-8"), re.MULTILINE)]
 SLOW = ["results/ffn_hidden/trace.py"]  # its options are train.py's and more, so it imports train.py
 
 
@@ -88,7 +88,7 @@ def test_all_other_files_only_define_when_they_are_run():
             is_call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
             if str(path.relative_to(ROOT)) not in RUNNABLE and is_call:
                 called = ast.unparse(node.value.func)
-                assert called in ("early", "os.environ.setdefault") or ".use" in called, path
+                assert called in ("answer_before_torch", "door") or ".use" in called, path
             elif str(path.relative_to(ROOT)) not in RUNNABLE and not isinstance(node, ast.Expr):
                 assert isinstance(node, harmless), path
 

@@ -20,6 +20,7 @@ import train
 from data.prepare import prepare
 from data.dataset import Dataset, write_shard
 from nanoosp.run import load_checkpoint
+from tools import evaluate
 
 TRAIN = Path(train.__file__)
 
@@ -147,7 +148,7 @@ def test_data_that_took_the_place_of_a_runs_own_is_measured_and_calibrated_on_by
     (tmp_path / "t.txt").write_text(words)
     prepare(tmp_path / "d", "bytes", tmp_path / "t.txt")
     train.main([*small_run[:-1], str(tmp_path / "d"), "--steps", "2", "--out", str(tmp_path / "r")])
-    evaluation.main([str(tmp_path / "r"), "--device", "cpu", "--bits", "none"])  # still the same
+    evaluate.main([str(tmp_path / "r"), "--device", "cpu", "--bits", "none"])  # still the same
     meta = json.loads((tmp_path / "d/meta.json").read_text())
     larger = dict(meta, tokenizer="r50k_base", vocab_size=50257)
     for other in (larger, dict(meta, bytes_per_token=2.0), dict(meta, source="0" * 64)):
@@ -157,7 +158,7 @@ def test_data_that_took_the_place_of_a_runs_own_is_measured_and_calibrated_on_by
             with pytest.raises(SystemExit, match="error: .*other data than this run was trained on") as error:
                 script.main([str(tmp_path / "r"), "--device", "cpu", *map(str, argv)])
             assert "\n" not in error.value.code and not (tmp_path / "q.pt").exists()
-    evaluation.main([str(tmp_path / "r"), "--device", "cpu", "--bits", "none", "--text", str(tmp_path / "t.txt")])
+    evaluate.main([str(tmp_path / "r"), "--device", "cpu", "--bits", "none", "--text", str(tmp_path / "t.txt")])
 
 
 def test_resume_on_other_raw_shards(fails, small_run, tmp_path):
@@ -291,7 +292,7 @@ def test_checkpoints_that_contradict_themselves_are_refused_in_one_line(fails, f
     for change in (dict(n_layer=3), dict(n_embd="x"), dict(n_head=0)):
         torch.save(state | {"config": state["config"] | change}, path)
         with pytest.raises(SystemExit, match="error: the checkpoint's weights do not fit its config") as error:
-            evaluation.main([str(finished), "--device", "cpu"])
+            evaluate.main([str(finished), "--device", "cpu"])
         assert "\n" not in error.value.code
 
 

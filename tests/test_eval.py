@@ -9,7 +9,6 @@ import torch
 from conftest import train_osp
 
 import eval as evaluation
-import quantize
 import train
 from data.dataset import Dataset, TextBlocks
 from data.tokenizer import encode, tokenizer
@@ -28,6 +27,8 @@ from eval import (
     strongest_sink,
 )
 from model import Config, Transformer
+from tools import export
+from tools.evaluate import main as evaluate_main
 from tools.loading import load
 from tools.report import strongest_state
 
@@ -77,14 +78,14 @@ def test_a_run_on_gpt2_tokens_needs_no_network(tmp_path, monkeypatch, capsys):
     train.main([*shape.split(), "--device", "cpu", "--steps", "2", "--data", str(tmp_path / "d"),
                 "--out", run])
     train.main(["--resume", run, "--steps", "3", "--device", "cpu"])
-    quantize.main([run, "--method", "gptq", "--out", four, "--device", "cpu"])
+    export.main([run, "--method", "gptq", "--out", four, "--device", "cpu"])
     capsys.readouterr()
-    evaluation.main([run, "--device", "cpu", "--methods", "rtn,gptq"])
-    evaluation.main([four, "--device", "cpu"])
+    evaluate_main([run, "--device", "cpu", "--methods", "rtn,gptq"])
+    evaluate_main([four, "--device", "cpu"])
     out = capsys.readouterr().out
     assert re.search(r"position \d+, token \d+\n", out) and "bits per byte" not in out
     with pytest.raises(SystemExit, match="error: tokenizer 'r50k_base' could not be fetched"):
-        evaluation.main([run, "--device", "cpu", "--prompt", "some"])
+        evaluate_main([run, "--device", "cpu", "--prompt", "some"])
 
 
 # Estimators
@@ -341,7 +342,7 @@ def test_sampling_repeats_with_its_seed_and_obeys_top_k(run_dir):
 
 
 def call(capsys, *argv):
-    evaluation.main([str(a) for a in argv])
+    evaluate_main([str(a) for a in argv])
     return capsys.readouterr().out
 
 
@@ -369,7 +370,7 @@ def test_a_prompt_may_be_longer_than_the_model_reads_which_is_said_once(run_dir,
     argv = [str(run_dir), "--temperature", "0", "--tokens", "8", "--prompt", "abc def " * 10]
     texts = {}
     for more in ([], ["--json"], ["--seq-len", "24"], ["--seq-len", "86"], ["--seq-len", "87"]):
-        evaluation.main([*argv, *more])
+        evaluate_main([*argv, *more])
         texts[" ".join(more)], err = capsys.readouterr()
         said = "prompt (80 tokens) and text (8) exceed the window of {}: the oldest were forgotten"
         window = int(more[-1]) if "--seq-len" in more else 32
@@ -389,7 +390,7 @@ def test_eval_errors_are_one_line(run_dir, tmp_path, capsys, monkeypatch):
         ([run_dir, "--temperature", "nan"], 2, "--temperature"),
     ):
         with pytest.raises(SystemExit) as error:
-            evaluation.main([str(a) for a in argv])
+            evaluate_main([str(a) for a in argv])
         message = error.value.code if isinstance(error.value.code, str) else capsys.readouterr().err
         assert (1 if isinstance(error.value.code, str) else error.value.code) == code
         assert words in message.splitlines()[-1] and "error: " in message
@@ -397,11 +398,11 @@ def test_eval_errors_are_one_line(run_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "tools.plot", raising=False)  # as if it was never imported
     monkeypatch.delattr("tools.plot", raising=False)
     with pytest.raises(SystemExit, match="error: drawing figures needs matplotlib: pip install"):
-        evaluation.main([str(run_dir), "--plot", str(tmp_path)])
+        evaluate_main([str(run_dir), "--plot", str(tmp_path)])
 
 
 def test_figures_are_drawn(run_dir, tmp_path, capsys):
-    evaluation.main([str(run_dir), str(run_dir), "--plot", str(tmp_path / "f")])
+    evaluate_main([str(run_dir), str(run_dir), "--plot", str(tmp_path / "f")])
     paths = list((tmp_path / "f").iterdir())
     names = {"grid.png", "activations.png", "curves.png", "layers.png", "sinks.png"}
     assert {path.name for path in paths} == names

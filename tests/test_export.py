@@ -10,13 +10,14 @@ import pytest
 import torch
 from conftest import randomized, train_osp
 
-import eval as evaluation
 import quantize as Q
 from data.dataset import Dataset
 from model import Config, Transformer
 from nanoosp.files import read_archive, read_text
 from quantize import Recipe, per_column, quantize
 from tools import evaluate as evaluate_tool
+from tools import export
+from tools.evaluate import main as evaluate_main
 from tools.loading import Loaded, load
 from tools.packed import Int4Linear, pack, packed_model, save_packed, unpack
 
@@ -32,7 +33,7 @@ def run_dir(dataset_dir, tmp_path_factory):
 
 @pytest.fixture
 def four_bit_file(run_dir, tmp_path):
-    Q.main([str(run_dir), "--method", "had", "--out", str(tmp_path / "four.pt")])
+    export.main([str(run_dir), "--method", "had", "--out", str(tmp_path / "four.pt")])
     return tmp_path / "four.pt"
 
 
@@ -104,7 +105,7 @@ def test_a_tied_matrix_is_stored_once_unless_a_rotation_unties_it(method, double
 def test_the_size_that_is_printed_is_that_of_the_file_beside_the_target_in_bf16(
         run_dir, tmp_path, capsys):
     path = tmp_path / "q.pt"
-    Q.main([str(run_dir), "--method", "rtn", "--dtype", "bfloat16", "--out", str(path)])
+    export.main([str(run_dir), "--method", "rtn", "--dtype", "bfloat16", "--out", str(path)])
     state = torch.load(run_dir / "ckpt.pt", weights_only=True)
     n = sum(W.numel() for W in state["model"].values())
     said = f"{path.stat().st_size / (2 * n):.3f} of what the {n:,} weights of osp take in bf16"
@@ -115,11 +116,11 @@ def test_the_command_line_writes_what_quantize_gives(run_dir, dataset_dir, tmp_p
     for method in Q.METHODS:
         (tmp_path / "q.pt").unlink(missing_ok=True)
         steps = ["--steps", "3"] if method == "spinquant" else []
-        Q.main([str(run_dir), "--method", method, *steps, "--out", str(tmp_path / "q.pt")])
+        export.main([str(run_dir), "--method", method, *steps, "--out", str(tmp_path / "q.pt")])
         assert f"{method} 4-4-4" in capsys.readouterr().out
     (tmp_path / "text.txt").write_text((dataset_dir.parent / "words.txt").read_text()[:2000])
     fp32 = (tmp_path / "q.pt").stat().st_size
-    Q.main([str(run_dir), "--calib", str(tmp_path / "text.txt"), "--no-clip", "--w-group", "16",
+    export.main([str(run_dir), "--calib", str(tmp_path / "text.txt"), "--no-clip", "--w-group", "16",
             "--dtype", "bfloat16", "--out", str(tmp_path / "small.pt")])
     assert load_packed(tmp_path / "small.pt").embed.weight.dtype == torch.bfloat16
     assert (tmp_path / "small.pt").stat().st_size < fp32
@@ -145,7 +146,7 @@ def fails(run_dir, tmp_path, capsys):
 
     def check(code, words, *argv, target=run_dir):
         with pytest.raises(SystemExit) as error:
-            Q.main([str(a) for a in (target, "--out", tmp_path / "never.pt", *argv)])
+            export.main([str(a) for a in (target, "--out", tmp_path / "never.pt", *argv)])
         text = error.value.code if isinstance(error.value.code, str) else capsys.readouterr().err
         assert (1 if isinstance(error.value.code, str) else error.value.code) == code
         line = text.strip().splitlines()[-1]
@@ -264,7 +265,7 @@ def test_the_int4_kernel_is_refused_where_it_cannot_run(four_bit_file, run_dir, 
 
 
 def evaluated(capsys, *argv):
-    evaluation.main([str(a) for a in (*argv, "--device", "cpu")])
+    evaluate_main([str(a) for a in (*argv, "--device", "cpu")])
     return capsys.readouterr().out
 
 
@@ -278,7 +279,7 @@ def test_eval_measures_bits_by_method_and_a_file_has_the_loss_of_its_simulation(
     assert abs(rtn16["added"]) < 1e-5 < abs(gptq4["added"])
     assert gptq4["added"] == pytest.approx(gptq4["val_loss"] - row["val_loss"])
     four = tmp_path / "four.pt"
-    Q.main([str(run_dir), "--method", "gptq", "--out", str(four), "--device", "cpu"])
+    export.main([str(run_dir), "--method", "gptq", "--out", str(four), "--device", "cpu"])
     table = evaluated(capsys, *argv).splitlines()[-3:]
     assert table[0].split()[-3:] == ["exact", "16-16-16", "4-4-4"]
     assert table[2].split()[1] == "gptq"

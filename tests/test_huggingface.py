@@ -10,13 +10,13 @@ import pytest
 import tiktoken
 import torch
 
-import eval as evaluation
 import quantize as Q
 import train
 from data.prepare import prepare
 from data.tokenizer import encode, separator, tokenizer, tokenizer_of, without_token
 from eval import generate
 from nanoosp.run import load_checkpoint
+from tools import evaluate, export
 from tools.huggingface import load_llama, save_llama
 from tools.loading import load
 from tools.tokenizer_json import halves, json_from_encoding
@@ -181,11 +181,11 @@ def runs(dataset_dir, tmp_path_factory):
 
 def test_checkpoints_and_four_bit_files_carry_the_tokenizer(runs, tmp_path):
     four = str(tmp_path / "four.pt")
-    Q.main([str(runs["json"]), "--method", "had", "--out", four, "--device", "cpu"])
+    export.main([str(runs["json"]), "--method", "had", "--out", four, "--device", "cpu"])
     expected = trained_tokenizer(digits=True)
     for path in (runs["json"], tmp_path / "four.pt"):
         assert same_ids(load(path).encoding, expected, TEXTS)
-        evaluation.main([str(path), "--device", "cpu", "--prompt", "abc", "--tokens", "3"])
+        evaluate.main([str(path), "--device", "cpu", "--prompt", "abc", "--tokens", "3"])
 
 
 # In
@@ -414,7 +414,7 @@ def test_buffers_and_doubled_heads_of_old_checkpoints_are_ignored(tmp_path):
 
 
 def exported(run, directory):
-    Q.main([str(run), "--hf", str(directory), "--device", "cpu"])
+    export.main([str(run), "--hf", str(directory), "--device", "cpu"])
     return from_transformers(directory, dtype="auto")
 
 
@@ -450,7 +450,7 @@ def test_the_round_trip_is_exact(runs, tmp_path):
     assert load(tmp_path / "a").encoding.name == "bytes"
     for name, W in load(runs["osp"]).model.fold().state_dict().items():
         assert torch.equal(W, read_back[name]), name
-    Q.main([str(tmp_path / "a"), "--hf", str(tmp_path / "b"), "--device", "cpu"])
+    export.main([str(tmp_path / "a"), "--hf", str(tmp_path / "b"), "--device", "cpu"])
     for file in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
 
@@ -510,7 +510,7 @@ def chat_model(directory, chat_in_config=False, **changes):
 @pytest.mark.parametrize("chat_in_config", [False, True])
 def test_all_that_goes_with_a_chat_model_comes_out_as_it_went_in(chat_in_config, tmp_path):
     chat_model(tmp_path / "m", chat_in_config, max_position_embeddings=4321)
-    Q.main([str(tmp_path / "m"), "--hf", str(tmp_path / "out"), "--device", "cpu"])
+    export.main([str(tmp_path / "m"), "--hf", str(tmp_path / "out"), "--device", "cpu"])
     names = {path.name for path in (tmp_path / "m").iterdir()}
     assert names | {"README.md"} == {path.name for path in (tmp_path / "out").iterdir()}
     for name in names - {"config.json", "model.safetensors"}:
@@ -649,7 +649,7 @@ def test_without_transformers_one_line_says_what_to_install(runs, tmp_path, monk
     monkeypatch.setitem(sys.modules, "transformers", None)
     for target in (runs["osp"], tmp_path / "m"):
         with pytest.raises(SystemExit, match="transformers: pip install -r requirements-extra.txt"):
-            Q.main([str(target), "--hf", str(tmp_path / "out"), "--device", "cpu"])
+            export.main([str(target), "--hf", str(tmp_path / "out"), "--device", "cpu"])
 
 
 def test_options_of_export_that_cannot_be_are_exit_code_2(runs, tmp_path, capsys):
@@ -660,7 +660,7 @@ def test_options_of_export_that_cannot_be_are_exit_code_2(runs, tmp_path, capsys
             (["--hf", m, "--method", "rtn"], "--method goes with --out"),
             (["--hf", m, "--no-clip"], "--no-clip")]:
         with pytest.raises(SystemExit) as error:
-            Q.main([run, *argv])
+            export.main([run, *argv])
         assert error.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
@@ -673,9 +673,9 @@ def test_eval_and_quantize_take_a_hugging_face_directory(tmp_path, capsys):
     hf_model(m, max_position_embeddings=32)
     Path(file).write_text(made_up_text(random.Random(7), 400), encoding="utf-8")
     text = ["--text", file, "--device", "cpu"]
-    Q.main([m, "--method", "gptq", "--calib", file, "--out", four, "--device", "cpu"])
+    export.main([m, "--method", "gptq", "--calib", file, "--out", four, "--device", "cpu"])
     capsys.readouterr()
-    evaluation.main([m, four, *text, "--json"])
+    evaluate.main([m, four, *text, "--json"])
     exact, rounded = json.loads(capsys.readouterr().out)
     assert exact["target"] == "m" and exact["label"] == "LLaMA"
     assert rounded["label"] == "LLaMA, gptq 4-4-4" and exact["val_loss"] != rounded["val_loss"]
@@ -684,8 +684,8 @@ def test_eval_and_quantize_take_a_hugging_face_directory(tmp_path, capsys):
     with torch.no_grad():
         loss = from_transformers(m)(blocks, labels=blocks).loss.item()
     assert exact["val_loss"] == pytest.approx(loss, abs=1e-5)
-    evaluation.main([m, "--prompt", "abc", "--tokens", "5", "--device", "cpu"])
-    evaluation.main([m, *text, "--bits", "4-4-4", "--methods", "had", "--json"])
+    evaluate.main([m, "--prompt", "abc", "--tokens", "5", "--device", "cpu"])
+    evaluate.main([m, *text, "--bits", "4-4-4", "--methods", "had", "--json"])
     row = json.loads(capsys.readouterr().out.splitlines()[-1])[0]
     assert row["quantized"]["4-4-4"]["had"]["added"] != 0
 
@@ -717,14 +717,14 @@ def test_writing_ends_where_any_file_of_the_model_says_so(tmp_path, capsys):
         assert last in ids and len(want) < 60
         text = tokenizer("bytes").decode(want)
         writing = [m, "--prompt", "abc", "--tokens", "60", "--temperature", "0"]
-        evaluation.main([*writing, *argv])
+        evaluate.main([*writing, *argv])
         assert json.loads(capsys.readouterr().out)[0]["text"] == text
-        evaluation.main([*writing, "--device", "cpu"])
+        evaluate.main([*writing, "--device", "cpu"])
         out, err = capsys.readouterr()
         assert out == text + "\n" and err.startswith(f"{len(want) - 3} tokens")
         question = dict(type="gen", context="abc", answers=[text[3:]])
         (tmp_path / "t.jsonl").write_text(json.dumps(question))
-        evaluation.main([m, "--tasks", str(tmp_path / "t.jsonl"), *argv])
+        evaluate.main([m, "--tasks", str(tmp_path / "t.jsonl"), *argv])
         assert json.loads(capsys.readouterr().out)[0]["tasks"]["t"]["acc"] == 1
 
 
@@ -745,7 +745,7 @@ def test_gaps_of_a_vocabulary_and_rows_beyond_it_are_never_drawn(tmp_path, capsy
     assert not set(drawn) & set(missing) and len(set(drawn)) > 60
     argv = [m, "--prompt", "a", "--tokens", "40", "--json", "--device", "cpu", "--temperature"]
     for temperature in ("0", "5"):
-        evaluation.main([*argv, temperature])
+        evaluate.main([*argv, temperature])
         text = json.loads(capsys.readouterr().out)[0]["text"]
         assert len(text) == 41  # every step wrote a letter
 
@@ -764,7 +764,7 @@ def test_without_a_named_end_the_separator_ends_a_text_and_a_bad_file_is_named(t
 def test_a_four_bit_file_remembers_where_text_ends(tmp_path):
     hf_model(tmp_path / "m", eos_token_id=[7, 5])
     argv = str(tmp_path / "m"), "--out", str(tmp_path / "q.pt"), "--device", "cpu"
-    Q.main([*argv, "--method", "rtn"])
+    export.main([*argv, "--method", "rtn"])
     assert load(tmp_path / "q.pt").end_ids == load(tmp_path / "m").end_ids == [5, 7]
 
 
@@ -773,18 +773,18 @@ def test_a_prompt_has_the_length_that_the_model_itself_names(tmp_path, capsys):
     theirs = hf_model(m, max_position_embeddings=3000, num_hidden_layers=1, eos_token_id=0)
     prompt = "".join(random.Random(3).choices("abcdefg ", k=2500))
     argv = [m, "--prompt", prompt, "--tokens", "20", "--temperature", "0", "--device", "cpu"]
-    evaluation.main([*argv, "--json"])
+    evaluate.main([*argv, "--json"])
     out, err = capsys.readouterr()
     want = greedy(theirs, list(prompt.encode()), 20)
     assert json.loads(out)[0]["text"] == prompt + tokenizer("bytes").decode(want)
     assert "forgot" not in err and load(m).seq_len == 2048  # to measure on
-    evaluation.main([*argv, "--seq-len", "2500"])
+    evaluate.main([*argv, "--seq-len", "2500"])
     assert "exceed the window of 2,500: the oldest were forgotten" in capsys.readouterr().err
     question = json.dumps(dict(type="gen", context=prompt, answers=["x"]))
     (tmp_path / "t.jsonl").write_text(question)
     for more, cut in ([], 1), (["--seq-len", "3000"], 0):
         tasks = ["--tasks", str(tmp_path / "t.jsonl"), "--json", "--device", "cpu"]
-        evaluation.main([m, *tasks, *more])
+        evaluate.main([m, *tasks, *more])
         assert json.loads(capsys.readouterr().out)[0]["tasks"]["t"]["cut"] == cut
 
 
@@ -792,9 +792,9 @@ def test_a_model_without_data_of_its_own_asks_for_text(tmp_path):
     m = str(tmp_path / "m")
     hf_model(m)
     with pytest.raises(SystemExit, match="--text FILE"):
-        evaluation.main([m, "--device", "cpu"])
+        evaluate.main([m, "--device", "cpu"])
     with pytest.raises(SystemExit, match="--calib FILE"):
-        Q.main([m, "--out", str(tmp_path / "q.pt"), "--device", "cpu"])
+        export.main([m, "--out", str(tmp_path / "q.pt"), "--device", "cpu"])
     (tmp_path / "m/config.json").write_text("{}")
     with pytest.raises(SystemExit, match="model_type"):
-        evaluation.main([m, "--device", "cpu"])
+        evaluate.main([m, "--device", "cpu"])

@@ -11,13 +11,12 @@ import pytest
 import tiktoken
 import torch
 
-import eval as evaluation
-import quantize
 import train
 from data.dataset import Dataset, open_shard, read_meta
 from data.prepare import prepare
 from data.tokenizer import (JsonTokenizer, beginning, encode, encode_document, encode_whole,
                             separator, tokenizer, tokenizer_for_shards, tokenizer_of)
+from tools import evaluate, export
 from tools.huggingface import save_llama
 from tools.loading import load
 
@@ -276,13 +275,13 @@ def test_a_prompt_begins_with_bos_which_is_not_shown(theirs, tmp_path, monkeypat
 
     monkeypatch.setattr("tools.evaluate.generate", generate)
     capsys.readouterr()
-    evaluation.main([str(tmp_path / "run"), "--device", "cpu", "--prompt", "ab"])
+    evaluate.main([str(tmp_path / "run"), "--device", "cpu", "--prompt", "ab"])
     assert prompts == [library.encode("ab").ids] and prompts[0][0] == library.token_to_id("<s>")
     assert capsys.readouterr().out.startswith("ab") and prompts[0][0] == 1
 
     capsys.readouterr()
     pytest.importorskip("transformers")
-    quantize.main([str(tmp_path / "run"), "--hf", str(tmp_path / "hf")])
+    export.main([str(tmp_path / "run"), "--hf", str(tmp_path / "hf")])
     config = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
     assert config["bos_token"] == "<s>" and config["add_bos_token"]
     assert load(tmp_path / "hf").encoding.beginning == [1]
@@ -512,8 +511,8 @@ def test_checkpoints_and_four_bit_files_carry_the_tokenizer(json_dataset, tmp_pa
     run, four = tmp_path / "run", tmp_path / "four.pt"
     argv = f"{shape} --device cpu --steps 2 --osp".split()
     train.main([*argv, "--data", str(json_dataset), "--out", str(run)])
-    quantize.main([str(run), "--method", "had", "--out", str(four), "--device", "cpu"])
+    export.main([str(run), "--method", "had", "--out", str(four), "--device", "cpu"])
     expected = encode(tokenizer_of(read_meta(json_dataset)), "abc 12").tolist()
     for path in (run, four):
         assert encode(load(path).encoding, "abc 12").tolist() == expected
-        evaluation.main([str(path), "--device", "cpu", "--prompt", "abc", "--tokens", "3"])
+        evaluate.main([str(path), "--device", "cpu", "--prompt", "abc", "--tokens", "3"])

@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import CONFIGS, randomized
 
-import eval as evaluation
 import quantize
 import train
 from eval import generate
+from tools import evaluate, export
 from tools.evaluate import pace
 from tools.writing import Writer
 
@@ -52,12 +52,12 @@ def test_the_pace_names_the_two_slow_tokens_and_averages_the_rest():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_eval_writes_on_cuda_what_it_writes_on_a_cpu(tmp_path, small_run, capsys):
     train.main([*small_run, "--osp", "--steps", "4", "--out", str(tmp_path / "run")])
-    quantize.main([str(tmp_path / "run"), "--bits", "4-4-4", "--out", str(tmp_path / "4.pt"), "--device", "cpu"])
+    export.main([str(tmp_path / "run"), "--bits", "4-4-4", "--out", str(tmp_path / "4.pt"), "--device", "cpu"])
     for target in ("run", "4.pt"):
         texts = []
         for device in (["cpu"], ["cuda"], ["cuda", "--compile"]):
             capsys.readouterr()
-            evaluation.main([str(tmp_path / target), "--prompt", "the ", "--tokens", "30", "--temperature", "0",
+            evaluate.main([str(tmp_path / target), "--prompt", "the ", "--tokens", "30", "--temperature", "0",
                              "--dtype", "float32", "--device", *device])
             out, err = capsys.readouterr()
             texts.append(out)

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanoosp.options import command, early, fail, flag, option, parse
+from nanoosp.options import answer_before_torch, command, fail, flag, option, parse
 from nanoosp.recipe import BLOCK, METHODS, Recipe, RecipeOptions
 
 # The paper's Figure 4: first the weights alone, then the activations alone.
@@ -126,7 +126,7 @@ def quantizing(opt) -> list[str]:
     return [name for name in names if getattr(opt, name) != getattr(Options, name)]
 
 
-early("eval.py", Options, check)
+answer_before_torch("eval.py", Options, check)
 
 import torch
 from tqdm import tqdm

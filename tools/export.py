@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from nanoosp.options import command, early, fail, flag, option, parse
+from nanoosp.options import answer_before_torch, command, fail, flag, option, parse
 from nanoosp.recipe import METHODS, Recipe, RecipeOptions
 
 
@@ -73,7 +73,7 @@ def check(opt) -> Recipe:
     return recipe
 
 
-early("quantize.py", Options, check)
+answer_before_torch("quantize.py", Options, check)
 
 import torch
 

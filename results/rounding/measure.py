@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs from any directory
 
-from nanoosp.options import command, early, option, parse  # noqa: E402 (it needs the line above)
+from nanoosp.options import answer_before_torch, command, option, parse  # noqa: E402 (it needs the line above)
 
 
 @dataclass
@@ -24,7 +24,7 @@ class RoundingOptions:
                            required=True)
 
 
-early("results/rounding/measure.py", RoundingOptions)
+answer_before_torch("results/rounding/measure.py", RoundingOptions)
 
 import torch  # noqa: E402
 

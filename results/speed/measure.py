@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs from any directory
 
-from nanoosp.options import command, early, fail, option, parse  # noqa: E402 (it needs the line above)
+from nanoosp.options import answer_before_torch, command, fail, option, parse  # noqa: E402 (it needs the line above)
 
 
 @dataclass
@@ -39,7 +39,7 @@ class SpeedOptions:
     small: bool = option(False, "a small model on a CPU, to see that it runs")
 
 
-early("results/speed/measure.py", SpeedOptions)
+answer_before_torch("results/speed/measure.py", SpeedOptions)
 
 import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
