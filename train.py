@@ -9,93 +9,91 @@
     python train.py --osp --preset 1.4b --bench   measure how fast this machine trains
 
 A run is a directory: config.json (options), log.jsonl (an object a line), ckpt.pt, summary.json.
+An option that is left out takes its preset's value, from the table at the end of --help.
 
-Read it top to bottom: presets, options, schedule, model, backward, the loop, default options.
-The machinery is in nanoosp/: the run's directory, ranks, signals.
+Read it top to bottom: presets, options, schedule, model, backward, one step, the loop, defaults.
+The machinery is in nanoosp/: the run's directory and log, ranks, what makes it fast.
 """
 
-import importlib
 import math
-import sys
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from nanoosp.options import answer_before_torch, command, fail, fill, option, parse
-from nanoosp.run import Run, RunOptions, check_options, micro_batch_size, restore, resume, usual
+from nanoosp.methods import OSP
+from nanoosp.options import answer_before_torch, begin, command, fail, fill, option, parse
+from nanoosp.run_options import (RunOptions, check_options, fill_for_machine, in_words,
+                                 presets_table, resume)
 
-# Shape and schedule. Learning rates of tiny and toy come from sweeps (results/README.md), of small
-# from their trend with width, of 1.4b from the paper (App. A.1). micro: micro-batch for 80 GB.
-# every: steps between evaluations, and between checkpoints. cuda_graph: see --help.
+# A row has the values of options that are left out. Learning rates of tiny and toy come from sweeps
+# (results/README.md), of small from their trend with width, of 1.4b from the paper (App. A.1).
 PRESETS = {
     "tiny": dict(  # two CPU cores, two to four minutes
-        n_layer=4, n_head=4, n_embd=128, seq_len=128, batch_size=16, steps=800,
-        adam_lr=3e-3, muon_lr=6e-3, eval_windows=256, cuda_graph=True),
+        n_layer=4, n_head=4, n_embd=128, data="shakespeare", seq_len=128, batch_size=16, steps=800,
+        lr=dict(adam=3e-3, muon=6e-3), eval_windows=256, cuda_graph=True),
     "toy": dict(  # one GPU, half a minute
-        n_layer=6, n_head=6, n_embd=384, seq_len=256, batch_size=64, steps=1000,
-        adam_lr=1e-3, muon_lr=4e-3, eval_windows=512, cuda_graph=True),
+        n_layer=6, n_head=6, n_embd=384, data="shakespeare", seq_len=256, batch_size=64, steps=1000,
+        lr=dict(adam=1e-3, muon=4e-3), eval_windows=512, cuda_graph=True),
     "small": dict(  # GPT-2's size, for real text; both rates trained once (results/README.md)
         n_layer=12, n_head=12, n_embd=768, seq_len=1024, batch_size=256, steps=4000,
-        adam_lr=1e-3, muon_lr=2e-3, eval_windows=256, micro=16, every=200),
-    "1.4b": dict(  # the paper's: 2^22 tokens per step, 100B in all
+        lr=dict(adam=1e-3, muon=2e-3), eval_windows=256, eval_every=200, save_every=200,
+        micro_batch_size=16),
+    "1.4b": dict(  # the paper's: 2^22 tokens a step, 100B in all; micro-batches for 80 GB
         n_layer=24, n_head=16, n_embd=2048, vocab_size=49152, seq_len=2048, batch_size=2048,
-        steps=23842, adam_lr=5e-3, muon_lr=5e-4, eval_windows=256, micro=8, every=250),
+        steps=23842, lr=dict(adam=5e-3, muon=5e-4), eval_windows=256, eval_every=250,
+        save_every=250, micro_batch_size=8),
 }
-SHAPE = ("n_layer", "n_head", "n_embd", "vocab_size")
-OSP = {"optimizer": "muon", "norm": "ss", "embproj": True}  # what --osp stands for
 
 
 @dataclass
 class Options(RunOptions):
-    """None means "not given": the preset decides or, with --resume, the run."""
+    """None means "not given": resolve() fills it in."""
 
     osp: bool = option(False, "all three: --optimizer muon --norm ss --embproj", launch=True,
-                       group="the method: each part of OSP is a switch")
+                       group="the method: each part of OSP is a switch (default: none of it)")
     optimizer: str = option(None, "adam: AdamW for all. muon: AdamW for embedding and head only. "
-        "muon-only: Muon for all (default: adam)", choices=["adam", "muon", "muon-only"])
-    norm: str = option(None, "RMSNorm, a gain per channel, or SSNorm, a single one (default: rms)",
+                            "muon-only: Muon for all", choices=["adam", "muon", "muon-only"])
+    norm: str = option(None, "RMSNorm, a gain per channel, or SSNorm, a single one",
                        choices=["rms", "ss"])
     embproj: bool = option(None, "learned projections beside embedding and head, folded away later")
 
     preset: str = option(None, "shape and schedule (default: toy on CUDA, else tiny)",
                          choices=list(PRESETS), group="the model and its text")
     data: str = option(None, "output of data/prepare.py or corpus.py, or a folder of llm.c or "
-                       "nanoGPT .bin files (tiny, toy: shakespeare)", may_change=True)
-    n_layer: int = option(None, "blocks, instead of the preset's", high=1000)
-    n_head: int = option(None, "attention heads, instead of the preset's")
-    n_embd: int = option(None, "channels of the residual stream, instead of the preset's")
-    vocab_size: int = option(None, "embedding rows (default: ids, to multiples of 64; 1.4b: 49152)")
+                       "nanoGPT .bin files", may_change=True)
+    n_layer: int = option(None, "blocks", high=1000)
+    n_head: int = option(None, "attention heads")
+    n_embd: int = option(None, "channels of the residual stream")
+    vocab_size: int = option(None, "embedding rows; without it, the ids, to multiples of 64")
     seq_len: int = option(None, "tokens per sequence", low=2)
 
     steps: int = option(None, "optimizer steps in all", may_change=True, group="the optimization")
     batch_size: int = option(None, "sequences per optimizer step, over all ranks")
-    micro_batch_size: int = option(None, "sequences per forward on a rank; fewer save memory",
-                                   may_change=True)
-    lr: float = option(None, "peak learning rate (default: the preset's for this optimizer)")
-    embed_lr: float = option(None, "AdamW's peak rate with --optimizer muon (default: twice --lr)")
-    weight_decay: float = option(None, "a step shrinks weights by lr times this (default: 0.01, "
-                                 "the paper's)", low=0)
-    warmup: int = option(None, "steps before the peak rate (default: 5 %% of --steps)", low=0)
-    cooldown: int = option(None, "final steps with a falling rate (default: 20 %% of "
-                           "--steps, the paper's)", low=0, may_change=True)
-    grad_clip: float = option(None, "clip the gradient to this norm; 0: never (default: 1)", low=0)
+    lr: float = option(None, "peak learning rate, of Adam or of Muon")
+    embed_lr: float = option(None, "AdamW's with --optimizer muon; without it, twice --lr")
+    weight_decay: float = option(None, "weights shrink by lr times this (default: 0.01)", low=0)
+    warmup: int = option(None, "steps before the peak rate; without it, 5 %% of --steps", low=0)
+    cooldown: int = option(None, "final steps with a falling rate; without it, 20 %%", low=0,
+                           may_change=True)
+    grad_clip: float = option(None, "largest norm of a gradient; 0: any (default: 1)", low=0)
     seed: int = option(None, "for the initial weights and the data order (default: 0)", low=0)
 
+    after_help = presets_table(PRESETS)
 
-answer_before_torch("train.py", Options)  # answers --help and misspelt options before torch, which takes seconds
+
+answer_before_torch("train.py", Options)  # --help and misspelt options
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from data.splits import open_datasets
 from eval import at_four_bits, evaluate
 from model import Config, Transformer
-from muon import make_optimizers
-from nanoosp.float8 import compute_in
-from nanoosp.machine import Ranks, StopSignal, freeze_garbage, peak_memory_gib, pick_device, say
-from nanoosp.recorded import record_training
-from nanoosp.summary import optimizer_table
+from muon import Muon, make_optimizers
+from nanoosp.divided import DividedMuon
+from nanoosp.fast import speed_up
+from nanoosp.machine import pick_device
+from nanoosp.ranks import Ranks, say
+from nanoosp.run import Run, check_finite
 
 
 def trapezoid(step: int, steps: int, warmup: int, cooldown: int) -> float:
@@ -105,38 +103,34 @@ def trapezoid(step: int, steps: int, warmup: int, cooldown: int) -> float:
 
 
 def model_config(opt, n_ids: int) -> Config:
-    """The preset's shape, overridden by the options, for a tokenizer with `n_ids` ids."""
-    vocab_size = -(-n_ids // 64) * 64  # multiples of 64 keep the head's matrix product fast
-    shape = dict(vocab_size=vocab_size, norm=opt.norm, embproj=opt.embproj)
-    for source in (PRESETS[opt.preset], vars(opt)):
-        shape |= {name: source[name] for name in SHAPE if source.get(name)}
-    if shape["vocab_size"] < n_ids:
+    """The shape of the model for a tokenizer with `n_ids` ids. Raises ValueError if they do not
+    fit."""
+    enough = math.ceil(n_ids / 64) * 64  # multiples of 64 keep the head's matrix product fast
+    vocab_size = opt.vocab_size or enough
+    if vocab_size < n_ids:
         raise ValueError(f"the tokenizer has {n_ids:,} ids, more than the model's vocabulary of "
-                         f"{shape['vocab_size']:,}: use --vocab-size {vocab_size}")
-    return Config(**shape)
+                         f"{vocab_size:,}: use --vocab-size {enough}")
+    return Config(opt.n_layer, opt.n_head, opt.n_embd, vocab_size, opt.norm, opt.embproj)
 
 
 def build(opt, n_ids: int, ranks):
     """(model, optimizers, forward). Training calls forward: the model, or DDP around it."""
     torch.manual_seed(opt.seed)
-    with torch.device(ranks.device if opt.device == "cuda" else "cpu"):  # fast init
-        model = Transformer(model_config(opt, n_ids)).to(ranks.device)
-    model.recompute = bool(opt.recompute)
-    compute_in(model, opt.dtype)
-    optimizers = make_optimizers(model, opt.optimizer, opt.lr, opt.embed_lr, opt.weight_decay)
-    if opt.compile:
-        for block in model.blocks:
-            block.compile()  # blocks share one compiled program: seconds, not minutes
-        model.output = torch.compile(model.output)
-    if opt.cuda_graph:
-        record_training(model, micro_batch_size(opt, PRESETS[opt.preset], 1), opt.seq_len)
-    ddp = dict(gradient_as_bucket_view=True)
-    return model, optimizers, model if ranks.world == 1 else DistributedDataParallel(model, **ddp)
+    with torch.device(ranks.device if opt.device == "cuda" else "cpu"):
+        model = Transformer(model_config(opt, n_ids)).to(ranks.device)  # on a GPU drawn there: fast
+    MuonOfRanks = Muon if ranks.world == 1 else DividedMuon
+    optimizers = make_optimizers(model, opt.optimizer, opt.lr, opt.embed_lr, opt.weight_decay,
+                                 MuonOfRanks)
+    forward = speed_up(model, opt)
+    if ranks.world > 1:
+        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
+    return model, optimizers, forward
 
 
 def backward(forward, batch, micro_batch_size: int, ranks):
     """Accumulate the gradient of the mean loss of `batch` [rows, T + 1]. Returns that mean."""
-    total, parts = 0.0, batch.split(micro_batch_size)  # of equal size
+    total = 0.0
+    parts = batch.split(micro_batch_size)  # of equal size
     for i, rows in enumerate(parts):
         is_last = i == len(parts) - 1  # only then does DDP average the gradients over ranks
         with nullcontext() if is_last or ranks.world == 1 else forward.no_sync():
@@ -146,91 +140,66 @@ def backward(forward, batch, micro_batch_size: int, ranks):
     return total
 
 
-def train(opt, state, ranks) -> dict:
-    """Train from the checkpoint `state`, or from scratch, to opt.steps. Returns the summary."""
-    data, val = open_datasets(opt.data, opt.seq_len, opt.seed, ranks)
-    model, optimizers, forward = build(opt, data.meta["vocab_size"], ranks)
-    start, tokens_per_step = state["step"] if state else 0, opt.batch_size * opt.seq_len
-    if state:
-        restore(state, model, optimizers, data)
-    run, stop, preset = Run(opt, ranks), StopSignal(), PRESETS[opt.preset]
-    micro = micro_batch_size(opt, preset, ranks.world)
-    say(f"{optimizer_table(optimizers)}\n{opt.batch_size} x {opt.seq_len} tokens a step, "
-        f"{opt.steps * opt.batch_size / data.n_windows:.2g} epochs, directory {run.path}", opt.json)
-    eval_args = val, preset["eval_windows"], micro, ranks
-
-    def evaluate_and_log(step):
-        result = evaluate(model, *eval_args)
-        run.check_finite(f"validation loss after step {step}", result["val_loss"])
-        run.log(step=step, tokens=step * tokens_per_step, **result)
-        say(f"step {step:>6}   validation loss {result['val_loss']:.4f}   excess kurtosis "
-            f"{result['kurtosis']:8.3f} (Gaussian: {result['kurtosis_floor']:.3f})", opt.json)
-        return result
-
-    if not state:
-        run.save(0, model, optimizers, data)  # so that a full disk shows at once
-    run.open_log(start)
-    if start == 0:
-        evaluate_and_log(0)
-    seconds, steps = [], range(start + 1, opt.steps + 1)
-    bar = tqdm(steps, initial=start, total=opt.steps, disable=None if ranks.first else True)
-    for step in bar:
-        # ------------------------------------------------------ one step of the optimizers
-        began = time.perf_counter()
-        factor = trapezoid(step, opt.steps, opt.warmup, opt.cooldown)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+def optimizer_step(step: int, opt, batch, built, ranks) -> tuple[float, float]:
+    """Training step number `step` on this rank's `batch` [rows, T + 1], of what build() returned.
+    Returns loss and gradient norm. Raises ArithmeticError if they are not finite."""
+    model, optimizers, forward = built
+    factor = trapezoid(step, opt.steps, opt.warmup, opt.cooldown)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        batch = data.batch(step - 1, opt.batch_size, ranks.rank, ranks.world)
-        loss = backward(forward, torch.from_numpy(batch).to(ranks.device), micro, ranks)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), opt.grad_clip or math.inf)
-        stopping = torch.tensor(float(stop.received > 0), device=ranks.device)
-        loss, norm, stopping = ranks.mean(torch.stack([loss, norm, stopping]))
-        run.check_finite(f"loss {loss}, gradient norm {norm} in step {step}", loss + norm)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=ranks.world == 1)  # DDP keeps them in its buffers
-        seconds.append(time.perf_counter() - began)
-        run.log(step=step, tokens=step * tokens_per_step, loss=loss, grad_norm=norm,
-                lr=optimizers[0].param_groups[0]["lr"], tokens_per_s=tokens_per_step / seconds[-1])
-        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-        if step == start + 1 and opt.compile:
-            freeze_garbage()
-        # ------------------------------------------------------ once in a while: evaluate, save
+    loss = backward(forward, batch, opt.micro_batch_size, ranks)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), opt.grad_clip or math.inf)
+    loss, norm = ranks.mean(torch.stack([loss, norm]))
+    check_finite(f"loss {loss}, gradient norm {norm} in step {step}", loss, norm)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=ranks.world == 1)  # DDP keeps them in its buffers
+    return loss, norm
+
+
+def train(opt, state, ranks):
+    """Train from the checkpoint `state`, or from scratch, to opt.steps."""
+    data, val = open_datasets(opt.data, opt.seq_len, opt.seed, ranks)
+    built = build(opt, data.meta["vocab_size"], ranks)
+    model, optimizers, _ = built
+    run = Run(opt, ranks, model, optimizers, data, state)
+    measured_on = (val, opt.eval_windows, opt.micro_batch_size, ranks)
+    if not state:
+        run.log_evaluation(0, evaluate(model, *measured_on))
+    for step in run.steps():  # shows progress, saves once in a while, and stops at a signal
+        batch = torch.from_numpy(data.batch(step - 1, opt.batch_size, ranks.rank, ranks.world))
+        loss, norm = optimizer_step(step, opt, batch.to(ranks.device), built, ranks)
+        run.log_step(step, loss, norm)
         if step % opt.eval_every == 0 or step == opt.steps:
-            result = evaluate_and_log(step)
-        if step % opt.save_every == 0 or step == opt.steps or stopping:
-            run.save(step, model, optimizers, data)
-        if stopping and step < opt.steps:
-            bar.close()
-            say(f"stopped after step {step}; go on with {run.resume_command()}", opt.json)
-            sys.exit(128 + (stop.received or 15))  # 15: the SIGTERM that another rank got
-    stop.forget()
-    timed = seconds[1:] or seconds  # the first step includes compiling
-    result["quantized"] = at_four_bits(model, *eval_args)
-    return dict(result, step=opt.steps, tokens=opt.steps * tokens_per_step, loss=loss,
-                run=str(run.path), tokens_per_s=tokens_per_step * len(timed) / sum(timed),
-                peak_memory_gib=peak_memory_gib(ranks.device))
+            result = evaluate(model, *measured_on)  # loss and kurtosis
+            run.log_evaluation(step, result)
+    result["quantized"] = at_four_bits(model, *measured_on)
+    run.finish(result)
 
 
 def resolve(opt):
-    """Fill in the options that are None. Returns the checkpoint to resume from, or None."""
+    """Fill in the options that are None: first the run's (--resume), then the preset's, then these.
+    Returns the checkpoint to resume from, or None. Nobody changes an option after this."""
     if opt.osp:
         fill(opt, **OSP)
-        for name in (name for name, value in OSP.items() if getattr(opt, name) != value):
-            fail(f"--osp means {OSP}: leave it out to use {name} {getattr(opt, name)}")
-    state = resume(opt) if opt.resume else None
+        for name, value in OSP.items():
+            if getattr(opt, name) != value:
+                fail(f"--osp means {OSP}: leave it out to use {name} {getattr(opt, name)}")
+    state = resume(opt)
     opt.device = pick_device(opt.device)
     fill(opt, preset="toy" if opt.device == "cuda" else "tiny", optimizer="adam", norm="rms",
          embproj=False)
-    preset = PRESETS[opt.preset]
     if opt.bench:
         fill(opt, steps=10, data="random")
-    fill(opt, data="shakespeare" if opt.preset in ("tiny", "toy") else None)
-    fill(opt, seq_len=preset["seq_len"], batch_size=preset["batch_size"], steps=preset["steps"])
-    fill(opt, **usual(opt, preset))
+    preset = dict(PRESETS[opt.preset])
+    lr = preset.pop("lr")["adam" if opt.optimizer == "adam" else "muon"]
+    fill(opt, lr=lr, **preset)
     fill(opt, embed_lr=2 * opt.lr, weight_decay=0.01, grad_clip=1.0, seed=0)
     fill(opt, warmup=opt.steps // 20, cooldown=opt.steps // 5)
-    check_options(opt, preset, state["step"] if state else 0)
+    fill(opt, eval_every=max(1, opt.steps // 10), save_every=max(1, opt.steps // 4))
+    fill_for_machine(opt)
+    check_options(opt, state["step"] if state else 0)
     try:
         model_config(opt, n_ids=1)  # only checks the shape, before any data is opened
     except ValueError as error:
@@ -240,21 +209,13 @@ def resolve(opt):
 
 @command
 def main(argv=None):
-    began = time.perf_counter()
     opt = parse(Options, __doc__, argv)
-    for name in ("ablation", "dry_run", "bench"):  # options that run another program
-        if getattr(opt, name):
-            return importlib.import_module(f"tools.{name}").main(argv)
     state = resolve(opt)
-    parts = f"optimizer {opt.optimizer}, norm {opt.norm}, embproj {'on' if opt.embproj else 'off'}"
-    say(f"preset {opt.preset} on {opt.device} in {opt.dtype}: {parts}, {opt.steps} steps "
-        "(--preset, --steps, ... change that)", opt.json)
+    say(in_words(opt), opt.json)
     with Ranks.start(opt.device) as ranks:
-        summary = train(opt, state, ranks)
-        summary["wall_s"] = time.perf_counter() - began
-        if ranks.first:  # print it, beside that of the run to compare it with
-            importlib.import_module("tools.compare").finish(opt, summary)
+        train(opt, state, ranks)
 
 
 if __name__ == "__main__":
-    main()
+    begin(main, {"--ablation": "tools.ablation", "--bench": "tools.bench",
+                 "--dry-run": "tools.dry_run"})

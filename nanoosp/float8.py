@@ -67,15 +67,12 @@ class Float8Linear(nn.Linear):
         return Float8Product.apply(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
 
 
-def compute_in(model, dtype: str):
-    """Let `model` compute as --dtype says. Parameters, and what a state_dict calls them, stay. Ends
-    the program where there are no float8 products."""
-    model.compute_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
-    if dtype == "float8":
-        linears = [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]
-        check_float8(linears)
-        for linear in linears:
-            linear.__class__ = Float8Linear  # the same tensors, with another forward()
+def use_float8(model):
+    """Let the linears of the blocks multiply in float8 while gradients are taken. Ends the program where that cannot be."""
+    linears = [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]
+    check_float8(linears)
+    for linear in linears:
+        linear.__class__ = Float8Linear  # the same tensors, with another forward()
 
 
 def check_float8(linears):

@@ -23,6 +23,7 @@ import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,8 +72,8 @@ def flag(name: str) -> str:
 
 def build_parser(options: type, docstring: str) -> Parser:
     """argparse's parser for an options dataclass. Inherited options come last. --help begins with the docstring, up to
-    its notes on the code."""
-    parser = Parser(description=re.split(NOTES, docstring)[0], allow_abbrev=False,
+    its notes on the code, and ends with the dataclass's `after_help`, if it has that."""
+    parser = Parser(description=re.split(NOTES, docstring)[0], allow_abbrev=False, epilog=getattr(options, "after_help", None),
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     for field in sorted(dataclasses.fields(options), key=lambda f: f.name not in options.__annotations__):
@@ -93,8 +94,8 @@ def build_parser(options: type, docstring: str) -> Parser:
 
 
 def parse(options: type, docstring: str, argv=None):
-    """An instance of the dataclass `options`, from `argv` or else from sys.argv. `given` in it: the names of what was
-    given. Ends the program for a mistake."""
+    """An instance of the dataclass `options`, from `argv` or else from sys.argv. Ends the program for a mistake.
+    `given` in it: the names of what was given; `began`: when that was, by time.perf_counter()."""
     parser, argv = build_parser(options, docstring), sys.argv[1:] if argv is None else argv
     for before, word in zip(["an argument", *argv], argv):
         if word == "" or word.startswith("--") and word.endswith("="):
@@ -111,6 +112,7 @@ def parse(options: type, docstring: str, argv=None):
         fail(f"{problem} {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
     opt = options(**vars(args))
     opt.given = {f.name for f in dataclasses.fields(opt) if getattr(opt, f.name) != f.default}
+    opt.began = time.perf_counter()
     check_ranges(opt)
     return opt
 
@@ -122,6 +124,15 @@ def door(name: str, module: str):
     if name == "__main__":
         importlib.import_module(module).main()
         sys.exit()
+
+
+def begin(main, instead: dict[str, str]):
+    """Run a script's main(); or, if an option named in `instead` was given, main() of the module that it names."""
+    given = [word.replace("_", "-") for word in sys.argv[1:]]
+    for option, module in instead.items():
+        if option in given:
+            door("__main__", module)
+    main()
 
 
 def answer_before_torch(script: str, options: type, check=lambda opt: None):

@@ -22,17 +22,19 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import train
 from nanoosp.files import write_text
-from nanoosp.float8 import compute_in
-from nanoosp.machine import StopSignal, pick_device
-from nanoosp.options import command, fail, flag, parse
-from nanoosp.run import AGAIN, ROOT, resume, slug, usual_lr
+from nanoosp.fast import compute_in
+from nanoosp.machine import pick_device
+from nanoosp.methods import slug
+from nanoosp.options import ROOT, command, fail, flag, parse
+from nanoosp.run_options import resume
+from nanoosp.signals import StopSignal
 from nanoosp.summary import table
 from quantize import Recipe
 from tools.evaluate import measure, measure_quantized
@@ -113,9 +115,8 @@ def check(opt):
 
 def plan(opt, base: Path) -> list[Row]:
     """All rows. Ends the program if their options, or what they were started with, do not fit."""
-    adam_rate = opt.lr or usual_lr(train.PRESETS[opt.preset], "adam")
-    given = {f.name: getattr(opt, f.name) for f in fields(opt)
-             if f.name not in OWN_OPTIONS and getattr(opt, f.name) != f.default}
+    adam_rate = opt.lr or train.PRESETS[opt.preset]["lr"]["adam"]
+    given = {name: getattr(opt, name) for name in opt.given - OWN_OPTIONS}
     rows, first_seed = [], opt.seed or 0
     for seed in range(first_seed, first_seed + (opt.seeds or 1)):
         for optimizer, norm, embproj, hot in TABLE_2 + NOT_IN_THE_PAPER * opt.full:
@@ -170,7 +171,7 @@ def train_rows(rows: list[Row], gpus: int, again: str, out):
             for gpu in range(gpus):
                 if waiting and gpu not in running:
                     row = waiting.pop(0)
-                    running[gpu] = start(row, gpu if gpus > 1 else None, again, out)
+                    running[gpu] = start(row, gpu if gpus > 1 else None, out)
             time.sleep(0.05)
             codes = {gpu: process.poll() for gpu, (process, _) in running.items()}  # None: it runs
             if stop.received or any(codes.values()):
@@ -187,11 +188,11 @@ def train_rows(rows: list[Row], gpus: int, again: str, out):
         stop.forget()
 
 
-def start(row: Row, gpu: int | None, again: str, out) -> tuple[subprocess.Popen, threading.Thread]:
+def start(row: Row, gpu: int | None, out) -> tuple[subprocess.Popen, threading.Thread]:
     """The process that trains a row, and a thread that shows what it prints.
 
     `gpu` is the only one it sees; then every line begins with the row's name. Without `gpu`, the
-    row is alone and has the terminal. If it is stopped, it names `again`, the command that goes on.
+    row is alone and has the terminal.
     """
     script, progress = os.path.relpath(train.__file__), ""
     if row.step is not None:
@@ -199,7 +200,7 @@ def start(row: Row, gpu: int | None, again: str, out) -> tuple[subprocess.Popen,
     print(f"\n== {row.directory.name}{progress}\n$ {shlex.join(['python', script, *row.options])}",
           file=out, flush=True)
     arguments = [sys.executable, script, *row.options]
-    environment = os.environ | {AGAIN: again}
+    environment = dict(os.environ)
     if gpu is None:
         shown = 2 if out is sys.stderr else None
         process = subprocess.Popen(arguments, env=environment, stdout=shown)

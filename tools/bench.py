@@ -17,7 +17,6 @@ GPUs, waiting for the others counts as time of the nccl kernels.
 
 import functools
 import json
-import math
 import statistics
 import time
 
@@ -28,9 +27,10 @@ from tqdm import tqdm
 import train
 from data.dataset import RandomTokens
 from data.splits import open_datasets
-from nanoosp.machine import Ranks, freeze_garbage, peak_memory_gib, say
+from nanoosp.machine import peak_memory_gib
+from nanoosp.methods import label
 from nanoosp.options import command, parse
-from nanoosp.run import label, micro_batch_size
+from nanoosp.ranks import Ranks, say
 
 UNTIMED = 2  # steps: the first compiles, in the second the memory pools settle
 KERNELS = 20  # that are listed
@@ -68,10 +68,8 @@ def bench(opt, ranks) -> tuple[dict, str]:
         for words, flops in DATASHEET.items():
             if words in result["gpu"]:
                 peaks["mfu_datasheet"] = flops
-    preset = train.PRESETS[opt.preset]
     if opt.data == "random":
-        n_ids = opt.vocab_size or preset.get("vocab_size", 256)
-        data = RandomTokens(n_ids, opt.seq_len)
+        data = RandomTokens(opt.vocab_size or 256, opt.seq_len)
     else:
         data, _ = open_datasets(opt.data, opt.seq_len, opt.seed, ranks)
     built = train.build(opt, data.meta["vocab_size"], ranks)
@@ -82,8 +80,6 @@ def bench(opt, ranks) -> tuple[dict, str]:
         marks.append(step(i))
         if i == 0:
             result["first_step_s"] = time.perf_counter() - began
-            if opt.compile:
-                freeze_garbage()
     starts, middles, ends = zip(*marks[UNTIMED:])
     ms, optimizer_ms = median_ms(starts, ends), median_ms(middles, ends)
     tokens = opt.batch_size * opt.seq_len
@@ -99,20 +95,15 @@ def bench(opt, ranks) -> tuple[dict, str]:
 
 
 def timed_step(opt, ranks, data, built, i: int):
-    """Step number i of train.py's loop, for what train.build() returned. Returns marks: its start,
-    before the optimizers, its end."""
-    model, optimizers, forward = built
-    micro = micro_batch_size(opt, train.PRESETS[opt.preset], ranks.world)
-    start = mark(ranks.device)
-    batch = data.batch(i, opt.batch_size, ranks.rank, ranks.world)
-    loss = train.backward(forward, torch.from_numpy(batch).to(ranks.device), micro, ranks)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), opt.grad_clip or math.inf)
-    ranks.mean(torch.stack([loss, norm]))
-    before_optimizers = mark(ranks.device)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=ranks.world == 1)
-    return start, before_optimizers, mark(ranks.device)
+    """A step on batch number i, for what train.build() returned. Returns marks: its start, before the
+    optimizers, its end."""
+    _, optimizers, _ = built
+    marks = [mark(ranks.device)]
+    hook = optimizers[0].register_step_pre_hook(lambda *_: marks.append(mark(ranks.device)))
+    batch = torch.from_numpy(data.batch(i, opt.batch_size, ranks.rank, ranks.world))
+    train.optimizer_step(1, opt, batch.to(ranks.device), built, ranks)
+    hook.remove()
+    return *marks, mark(ranks.device)
 
 
 def flops_per_token(model, seq_len: int) -> int:

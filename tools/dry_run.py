@@ -39,7 +39,7 @@ def main(argv=None):
         print(json.dumps(dict(parameters=n, optimizer_state=state, tokens_per_step=tokens,
                               tokens=tokens * opt.steps)))
         return
-    if not directory and not (opt.vocab_size or "vocab_size" in train.PRESETS[opt.preset]):
+    if not directory and not opt.vocab_size:
         print("vocabulary 256 assumed, of bytes; --data says what it will be")
     mib = 4 / 2**20  # fp32
     print(f"""{model.config}

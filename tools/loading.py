@@ -11,9 +11,10 @@ from data.dataset import TOKENIZER_JSON, Dataset, TextBlocks, find_dataset
 from data.tokenizer import (encode_document, encode_whole, has_borders, split_documents,
                             tokenizer_of)
 from model import Transformer
+from nanoosp.checkpoint import check_checkpoint, check_data, model_from_checkpoint
 from nanoosp.files import read_archive, read_text
+from nanoosp.methods import OPTIMIZERS, label
 from nanoosp.rotations import SPIN_BATCH
-from nanoosp.run import OPTIMIZERS, check_checkpoint, check_data, label, model_from_checkpoint
 from quantize import GPTQ_SAMPLES, Recipe
 from tools.huggingface import ends_of, is_llama, load_llama, own_length
 from tools.packed import packed_model

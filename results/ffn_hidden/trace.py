@@ -15,9 +15,7 @@ the values. `gains` are the gain of every SSNorm, or the root mean square of an 
 Read it top to bottom: variants, what is measured, the run.
 """
 
-import itertools
 import json
-import math
 import os
 import platform
 import sys
@@ -36,9 +34,9 @@ import train  # noqa: E402 (it and the rest need the line above)
 from data.splits import open_datasets  # noqa: E402
 from eval import Watch, at_four_bits, evaluate, mean_loss, sites  # noqa: E402
 from nanoosp.hadamard import hadamard_transform  # noqa: E402
-from nanoosp.machine import Ranks  # noqa: E402
 from nanoosp.options import command, fail, flag, option, parse  # noqa: E402
-from nanoosp.run import micro_batch_size, remembered  # noqa: E402
+from nanoosp.ranks import Ranks  # noqa: E402
+from nanoosp.run_options import remembered  # noqa: E402
 from quantize import round_tokens  # noqa: E402
 
 WINDOWS = 64  # validation sequences in a measurement: 16k tokens of toy, about one training step
@@ -174,9 +172,8 @@ def measure(model, data, batch_size: int) -> dict:
 
 def trace(variant: Variant, opt, data, val, write):
     """Train as train.py does, in one process and without checkpoints. Calls write(record)."""
-    ranks, preset = Ranks(device=opt.device), train.PRESETS[opt.preset]
-    micro = micro_batch_size(opt, preset, ranks.world)
-    model, optimizers, forward = train.build(opt, data.meta["vocab_size"], ranks)
+    ranks = Ranks(device=opt.device)
+    built = model, optimizers, _ = train.build(opt, data.meta["vocab_size"], ranks)
     vary(variant, opt, model, optimizers)
     began, measuring = time.perf_counter(), 0.0
 
@@ -184,34 +181,22 @@ def trace(variant: Variant, opt, data, val, write):
         nonlocal measuring
         start = time.perf_counter()
         result = dict(step=step, tokens=step * opt.batch_size * opt.seq_len, **more)
-        result |= measure(model, val, micro)
+        result |= measure(model, val, opt.micro_batch_size)
         measuring += time.perf_counter() - start
         return result
 
     write(record(0))
     bar = tqdm(range(1, opt.steps + 1), opt.variant)
     for step in bar:
-        # as in train.py, but for one rank
-        for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
-            group["lr"] = group["peak_lr"] * train.trapezoid(
-                step, opt.steps, opt.warmup, opt.cooldown)
         batch = torch.from_numpy(data.batch(step - 1, opt.batch_size)).to(ranks.device)
-        loss = train.backward(forward, batch, micro, ranks)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), opt.grad_clip or math.inf)
-        loss, norm = ranks.mean(torch.stack([loss, norm]))
-        if not math.isfinite(loss + norm):  # the records so far are written
-            raise ArithmeticError(f"loss {loss}, gradient norm {norm} in step {step}: stopped "
-                                  "before the step; try a lower --lr")
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        loss, _ = train.optimizer_step(step, opt, batch, built, ranks)
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         if step % opt.trace_every == 0 and step < opt.steps:
             write(record(step, loss=loss))
     last = record(opt.steps, loss=loss)
     seconds = dict(seconds=time.perf_counter() - began, seconds_measuring=measuring)
 
-    measured_on = val, preset["eval_windows"], micro, ranks
+    measured_on = (val, opt.eval_windows, opt.micro_batch_size, ranks)
     quantized = {
         bits: {method: result["val_loss"] for method, result in results.items()}
         for bits, results in at_four_bits(model, *measured_on).items()

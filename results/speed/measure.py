@@ -47,9 +47,10 @@ import torch.nn as nn  # noqa: E402
 import train  # noqa: E402
 from data.dataset import RandomTokens  # noqa: E402
 from eval import generate  # noqa: E402
-from model import Config, Transformer  # noqa: E402
+from model import Transformer  # noqa: E402
 from nanoosp.float8 import Float8Linear  # noqa: E402
-from nanoosp.machine import Ranks, peak_memory_gib  # noqa: E402
+from nanoosp.machine import peak_memory_gib  # noqa: E402
+from nanoosp.ranks import Ranks  # noqa: E402
 from quantize import Recipe, linears, quantize, recipe_scale, weight_codes  # noqa: E402
 from tools.bench import matmul_flops, median_ms, timed_step  # noqa: E402
 from tools.packed import Int4Linear  # noqa: E402
@@ -138,8 +139,10 @@ def time_training(name: str, small: bool):
 
 
 def random_model(small: bool) -> Transformer:
-    shape = {name: train.PRESETS["1.4b"][name] for name in train.SHAPE}
-    config = Config() if small else Config(**shape)
+    preset = "tiny" if small else "1.4b"
+    opt = parse(train.Options, "", ["--preset", preset, "--bench", "--device", "cpu" if small else "cuda"])
+    train.resolve(opt)
+    config = train.model_config(opt, 256)
     torch.manual_seed(0)
     with torch.device("cpu" if small else "cuda"):
         return Transformer(config).requires_grad_(False)
