@@ -99,7 +99,7 @@ class Muon(torch.optim.Optimizer):
         return self.state[p].get("momentum", torch.zeros_like(p))
 
     def add_param_group(self, group):
-        if "role" not in group:
+        if not isinstance(group, dict) or "role" not in group:
             raise ValueError("Muon wants groups with a role, as parameter_groups() makes them")
         for name, p in group["params"]:
             if group["role"] in TABLES and not self.allow_tables:

@@ -217,5 +217,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    begin(main, {"--ablation": "tools.ablation", "--bench": "tools.bench",
-                 "--dry-run": "tools.dry_run"})
+    begin(main, {"--ablation": "tools.ablation", "--dry-run": "tools.dry_run",
+                 "--bench": "tools.bench"})

@@ -50,7 +50,7 @@ class Ranks:
 
     def any(self, here: bool) -> bool:
         """Is it so on any rank?"""
-        return self.sum(torch.tensor(float(here), device=self.device)).item() > 0
+        return here if self.world == 1 else self.sum(torch.tensor(float(here), device=self.device)).item() > 0
 
     def mean(self, values: torch.Tensor) -> list[float]:
         """Mean over all ranks, as Python numbers. Changes `values`."""

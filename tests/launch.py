@@ -18,15 +18,23 @@ def _child(argv, environment, output):
     with open(output, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         import torch
 
-        import train
-
         torch.set_num_threads(1)
         try:
-            train.main([str(a) for a in argv])
+            train_py([str(a) for a in argv])
         except SystemExit as error:
             if isinstance(error.code, str):
                 print(error.code, file=sys.stderr)
             raise SystemExit(1 if isinstance(error.code, str) else error.code) from None
+
+
+def train_py(argv):
+    """What `python train.py ARGV` runs, in this process."""
+    import train
+    from tools import ablation, bench, dry_run
+
+    tools = {"--ablation": ablation, "--dry-run": dry_run, "--bench": bench}
+    main = next((tool.main for option, tool in tools.items() if option in argv), train.main)
+    main(argv)
 
 
 def torchrun_environments(world):

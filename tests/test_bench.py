@@ -10,6 +10,7 @@ import train
 from data.dataset import RandomTokens
 from model import Config, Transformer
 from nanoosp import run
+from tools import bench, dry_run
 from tools.bench import flops_per_token, longest_kernels
 
 SHAPE = "--preset tiny --n-layer 1 --n-embd 32 --seq-len 16 --batch-size 4 --device cpu".split()
@@ -30,7 +31,7 @@ def test_flops_of_the_paper_model_are_the_sum_of_its_products():
 def test_bench_measures_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
-    train.main([*SHAPE, "--steps", "3", "--osp", "--bench", "--data", "random", "--json"])
+    bench.main([*SHAPE, "--steps", "3", "--osp", "--bench", "--data", "random", "--json"])
     result = json.loads(capsys.readouterr().out)
     step_ms = result["forward_backward_ms"] + result["optimizer_ms"]
     assert result["step_ms"] == pytest.approx(step_ms)
@@ -38,7 +39,7 @@ def test_bench_measures_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys)
     assert 0 < result["optimizer_ms"] < result["step_ms"] and result["peak_memory_gib"] > 0
     assert not any("mfu" in key for key in result)  # the peak of a CPU is not known
     assert result["ranks"] == 1 and result["wall_s"] > result["first_step_s"] > 0
-    train.main([*SHAPE, "--steps", "3", "--bench"])
+    bench.main([*SHAPE, "--steps", "3", "--bench"])
     out = capsys.readouterr().out
     assert "tokens/s" in out and float(re.search(r"(\S+) TFLOP/s", out).group(1)) > 0
     assert list(tmp_path.iterdir()) == []
@@ -57,7 +58,7 @@ def test_a_bench_step_trains_as_a_step_of_a_run_does(dataset_dir, tmp_path, monk
     train.main([*argv, "--steps", "4", "--out", str(tmp_path / "r")])
     log = [json.loads(line) for line in (tmp_path / "r/log.jsonl").read_text().splitlines()]
     monkeypatch.setattr(train, "backward", watched)
-    train.main([*argv, "--steps", "2", "--bench"])  # and two that are not timed
+    bench.main([*argv, "--steps", "2", "--bench"])  # and two that are not timed
     assert [loss.item() for loss in losses] == [r["loss"] for r in log if "loss" in r]
 
 
@@ -81,7 +82,7 @@ def test_random_tokens_are_shared_among_ranks_and_depend_on_the_step():
 
 
 def test_dry_run_says_it_in_json_too(capsys):
-    train.main([*SHAPE, "--osp", "--steps", "3", "--dry-run", "--json"])
+    dry_run.main([*SHAPE, "--osp", "--steps", "3", "--dry-run", "--json"])
     result = json.loads(capsys.readouterr().out)
     with torch.device("meta"):
         config = Config(n_layer=1, n_embd=32, vocab_size=256, norm="ss", embproj=True)

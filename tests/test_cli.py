@@ -115,7 +115,7 @@ def test_a_second_ctrl_c_ends_a_run_where_an_exception_would_get_lost():
     """torch.compile runs callbacks of weak references, from which Python prints exceptions and goes on."""
     script = """
 import os, signal, weakref
-from nanoosp.machine import StopSignal
+from nanoosp.signals import StopSignal
 stop = StopSignal()
 os.kill(os.getpid(), signal.SIGINT)
 assert stop.received == signal.SIGINT  # the first

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import read_log
+from launch import train_py
 
 import eval as evaluation
 import quantize
 import train
 from data.prepare import prepare
 from data.dataset import Dataset, write_shard
-from nanoosp.run import load_checkpoint
-from tools import evaluate
+from nanoosp.checkpoint import load_checkpoint
+from tools import evaluate, export
 
 TRAIN = Path(train.__file__)
 
@@ -31,7 +32,7 @@ def fails(capfd):
 
     def check(argv, code, *words):
         with pytest.raises(SystemExit) as error:
-            train.main([str(a) for a in argv])
+            train_py([str(a) for a in argv])
         message = error.value.code if isinstance(error.value.code, str) else capfd.readouterr().err
         assert (1 if isinstance(error.value.code, str) else error.value.code) == code
         line = message.strip().splitlines()[-1]  # argparse prints its usage before it
@@ -154,7 +155,7 @@ def test_data_that_took_the_place_of_a_runs_own_is_measured_and_calibrated_on_by
     for other in (larger, dict(meta, bytes_per_token=2.0), dict(meta, source="0" * 64)):
         (tmp_path / "d/meta.json").write_text(json.dumps(other))
         fails(["--resume", tmp_path / "r", "--steps", "9", "--device", "cpu"], 1, "other data than this run was trained on")
-        for script, argv in ((evaluation, ["--bits", "none"]), (quantize, ["--out", tmp_path / "q.pt"])):
+        for script, argv in ((evaluate, ["--bits", "none"]), (export, ["--out", tmp_path / "q.pt"])):
             with pytest.raises(SystemExit, match="error: .*other data than this run was trained on") as error:
                 script.main([str(tmp_path / "r"), "--device", "cpu", *map(str, argv)])
             assert "\n" not in error.value.code and not (tmp_path / "q.pt").exists()
@@ -297,8 +298,8 @@ def test_checkpoints_that_contradict_themselves_are_refused_in_one_line(fails, f
 
 
 def test_empty_values_are_named_whatever_their_type(capsys):
-    for script, argv in ((evaluation, ["x", "--plot", ""]), (evaluation, ["x", "--text="]),
-                         (quantize, ["x", "--out", ""]), (train, ["--data="])):
+    for script, argv in ((evaluate, ["x", "--plot", ""]), (evaluate, ["x", "--text="]),
+                         (export, ["x", "--out", ""]), (train, ["--data="])):
         with pytest.raises(SystemExit) as error:
             script.main(argv)
         option = next(word for word in argv if word.startswith("--")).rstrip("=")
@@ -306,5 +307,5 @@ def test_empty_values_are_named_whatever_their_type(capsys):
 
 
 def test_a_dry_run_of_a_measurement_measures_nothing(small_run, capsys):
-    train.main([*small_run, "--bench", "--dry-run"])
+    train_py([*small_run, "--bench", "--dry-run"])
     assert "parameters" in capsys.readouterr().out

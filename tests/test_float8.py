@@ -8,8 +8,9 @@ import torch
 from conftest import SMALL, randomized, read_log
 
 import train
-from nanoosp.float8 import E4M3, E5M2, Float8Product, compute_in, product, to_float8
-from nanoosp.run import load_checkpoint
+from nanoosp.fast import compute_in
+from nanoosp.float8 import E4M3, E5M2, Float8Product, product, to_float8
+from nanoosp.checkpoint import load_checkpoint
 
 
 def randn(*shape):

@@ -15,7 +15,7 @@ import train
 from data.prepare import prepare
 from data.tokenizer import encode, separator, tokenizer, tokenizer_of, without_token
 from eval import generate
-from nanoosp.run import load_checkpoint
+from nanoosp.checkpoint import load_checkpoint
 from tools import evaluate, export
 from tools.huggingface import load_llama, save_llama
 from tools.loading import load

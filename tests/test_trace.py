@@ -7,8 +7,8 @@ from conftest import read_log
 import train
 from data.dataset import Dataset
 from model import Config, Transformer, hooked
-from nanoosp.machine import Ranks
 from nanoosp.options import parse
+from nanoosp.ranks import Ranks
 from results.ffn_hidden import trace
 
 

@@ -1,0 +1,77 @@
+"""The last lines of train.py: what four bits add, and what a run is compared with."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+from nanoosp.methods import OSP
+from nanoosp.summary import find_sibling, sibling_method
+
+
+def without_rates(small_run):
+    return [arg for arg in small_run if arg not in ("--lr", "--embed-lr", "1e-2")]
+
+
+@pytest.mark.parametrize("mine, theirs", [
+    (OSP, "adam"), (dict(optimizer="adam", norm="rms", embproj=False), "muon"),
+    (dict(OSP, norm="rms"), "muon"), (dict(OSP, optimizer="adam"), "muon")])
+def test_osp_is_compared_with_adam_and_all_else_with_osp(mine, theirs):
+    assert sibling_method(mine)["optimizer"] == theirs
+
+
+def test_a_run_names_its_sibling_and_the_sibling_shows_both(small_run, tmp_path, capsys):
+    argv = [*without_rates(small_run), "--steps", "4"]
+    train.main([*argv, "--out", str(tmp_path / "adam")])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "to compare         python train.py --osp (OSP), with this run's other options"
+    train.main([*argv, "--osp", "--out", str(tmp_path / "osp")])
+    *_, head, mine, other = capsys.readouterr().out.splitlines()
+    assert head.split("  ")[0] == "this run, and the one beside it"
+    assert mine.startswith("OSP, learning rate 0.006") and other.startswith("Adam, learning rate 0.003")
+    summary = json.loads((tmp_path / "adam/summary.json").read_text())
+    four = summary["quantized"]["4-4-4"]["had"]["val_loss"] - summary["val_loss"]
+    assert other.split()[-4:] == [f"{summary['val_loss']:.4f}", f"{summary['kurtosis']:.3f}",
+                                  other.split()[-2], f"{four:+.4f}"]
+
+    train.main(["--resume", str(tmp_path / "osp"), "--steps", "5"])  # now the other is shorter
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "to compare         python train.py (Adam), with this run's other options"
+    assert "the one beside it" not in out
+
+
+def test_of_several_runs_that_of_the_lowest_loss_is_the_sibling(small_run, tmp_path):
+    argv = [*without_rates(small_run), "--steps", "6"]
+    for name, more in (("osp", ["--osp"]), ("tuned", ["--lr", "0.01"]), ("slow", ["--lr", "0.0001"])):
+        train.main([*argv, *more, "--out", str(tmp_path / name)])
+    mine = json.loads((tmp_path / "osp/config.json").read_text())
+    assert find_sibling(mine, tmp_path / "osp")[0]["lr"] == 0.01
+    (tmp_path / "tuned/summary.json").unlink()
+    assert find_sibling(mine, tmp_path / "osp")[0]["lr"] == 0.0001
+
+
+def test_only_a_finished_whole_run_of_the_same_text_and_length_is_a_sibling(
+        small_run, tmp_path, monkeypatch):
+    argv = [*small_run, "--steps", "3"]
+    train.main([*argv, "--osp", "--out", str(tmp_path / "osp")])
+    adam = tmp_path / "adam"
+    train.main([*argv, "--micro-batch-size", "4", "--out", str(adam)])  # which changes no result
+    mine = json.loads((tmp_path / "osp/config.json").read_text())
+    theirs, summary = find_sibling(mine, tmp_path / "osp")
+    assert theirs["optimizer"] == "adam" and summary["step"] == 3
+    assert find_sibling(dict(mine, seed=1), tmp_path / "osp") is None
+    assert find_sibling(dict(mine, batch_size=4), tmp_path / "osp") is None
+    monkeypatch.chdir(tmp_path / "osp")
+    assert find_sibling(mine, Path(".")) is not None
+    for damaged in ('{"step": 3, "val_loss": 1' + 400 * "0" + "}", "{", "[]", '{"step": 3}', json.dumps(dict(summary, step=2))):
+        (adam / "summary.json").write_text(damaged)
+        assert find_sibling(mine, tmp_path / "osp") is None
+
+
+def test_a_finished_run_has_its_summary_without_any_optional_package(small_run, tmp_path, monkeypatch):
+    for package in ("tiktoken", "matplotlib", "transformers", "tokenizers"):
+        monkeypatch.setitem(sys.modules, package, None)
+    train.main([*small_run, "--steps", "2", "--out", str(tmp_path / "r")])
+    assert json.loads((tmp_path / "r/summary.json").read_text())["step"] == 2
