@@ -4,15 +4,15 @@
     python tests/count.py train.py          one, or any other files
     python tests/count.py --lines train.py  each code line with its label, to dispute
 
-A code line is neither blank nor comment nor docstring; each line of a long statement counts. Its label is "subject", if
-it is what a student came for, or the first row of RULES that fits: by the names of what is defined there, or by words in
-the statement. No rule knows a line number. Three rules more:
+A code line is neither blank nor comment nor docstring; each line of a long statement counts. Its label is "subject",
+what a student came for, or the first row of RULES that fits: by the name of what is defined there, or by words in the
+statement. No rule knows a line number. Three rules more:
     - an `if`, `for`, `with`, `try` or `def` belongs where all that it holds belongs;
     - what an `if` or a definition holds belongs where the `if` or the name does;
     - `for` and `with` are not judged by their words: a loop is a loop, also over a progress bar.
 
-A packed assignment says two things in one statement: `a, b = x, y` (a tuple written out on both sides, also in an arm of
-`... if ... else ...`), or `a = b = x`. Unpacking one thing, as in `a, b = f(x)`, is not packed.
+A packed assignment says two things in one statement: `a, b = x, y` (a tuple written out on both sides, also in an
+arm of `... if ... else ...`), or `a = b = x`. Unpacking one thing, as in `a, b = f(x)`, is not packed.
 """
 
 import ast
@@ -30,22 +30,23 @@ FIVE = [ROOT / f"{name}.py" for name in ("model", "muon", "train", "quantize", "
 RULES = {
     "imports": ("", r"^(import|from) "),
     "presets": ("PRESETS|SHAPE", ""),
-    "options": ("Options|resolve|model_config",
-                r"\b(parse|option|fill|early|answer_before_torch|start)\(|\bopt\.recompute\b|\beval_args ="),
+    "options": ("Options|resolve",
+                r"\b(parse|option|fill|early|answer_before_torch|start)\(|\bopt\.recompute\b|\beval_args =|"
+                r"\bSHAPE\b|shape = dict|\*\*shape\b"),
     "door": ("main", r"\bdoor\(|__main__"),
     "hooks": ("hooked", ""),
     "cache": ("new_cache", r"^cache\b|\bcache\[0\]"),
     "loading": ("from_weights", ""),
     "figures": ("states_of_a_window|strongest_sink", r"\bhistogram\b|\bcounts\b|\bedges\b"),
     "writing": ("generate|sample|write", ""),
-    "checks": (r"add_param_group|check_\w+", r"^raise\b|^assert\b|\bfail\(|\ballow_tables\b"),
+    "checks": (r"add_param_group|check_\w+", r"^raise\b|^assert\b|\bfail\(|\bcheck_\w+\(|^self\.allow_tables\b"),
     "ranks": ("_shares|_momenta|_all_gathered|everyones|(load_)?state_dict",
-              r"\bdist\.|^(ranks|self)\.(world|first)\b|\bDistributedDataParallel\(|_all_gathered|everyones\("),
+              r"\bdist\.|^(ranks|self)\.(world|first)\b|DistributedDataParallel|Divided|_all_gathered|everyones\("),
     "saving": ("", r"\.saves?\(|\brestore\(|\.resume\(|\bsave_every\b|^(not )?state$"),
     "signals": ("StopSignal", r"\bstop\.|\bstopping\b|StopSignal"),
-    "logging": ("evaluate_and_log", r"\bsay\(|\brun\.(log|open_log)\(|\bbar\b|perf_counter|\bprint\(|check_finite|"
+    "logging": ("evaluate_and_log", r"\bsay\(|\brun\.(log|open_log|finish)|\bbar\b|perf_counter|\bprint\(|"
                 r"\bseconds\b|^return dict\(result, step|\.summary\(|\bRun\(|\bevaluate_and_log\("),
-    "speed": ("stacks|Half", r"\brecompute\b|\.?compile\(|[Rr]ecord|freeze_|fused|in_bf16|speed_up\(|cuda_graph"),
+    "speed": ("stacks|Half", r"\brecompute\b|\.?compile\(|[Rr]ecord|freeze_|^fused =|in_bf16|speed_up\(|cuda_graph"),
     "output": ("", r"^result = (\{|dict)|^return dict\(result|^return \{'\w+': watch"),
     "closure": ("", r"\bclosure\b|^return loss$"),
 }
