@@ -21,7 +21,6 @@ that is in nanoosp/divided.py.
 import math
 
 import torch
-import torch.nn as nn
 
 
 def newton_schulz(G, steps: int = 5):
@@ -54,7 +53,7 @@ def muon_update(grads, momenta, beta: float = 0.95):
     if u.ndim == 3:
         unit = newton_schulz(u)
     else:  # gains have no singular values: like the official code, divide by the 2-norm
-        rows = u.flatten(1) if u.ndim > 1 else u[:, None]  # [k, n]; of a single gain, its sign
+        rows = u.reshape(len(u), -1)  # [k, n]; a single gain, n = 1, becomes its sign
         unit = (rows / (rows.norm(dim=1, keepdim=True) + 1e-8)).view_as(u)
     # m orthonormal rows of length n >= m have entries of about 1 / sqrt(n). sqrt(max) makes them
     # about 1, and 0.2 is the usual size of Adam's entries: so the same lr suits both.
@@ -76,36 +75,31 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            decay = 1 - group["lr"] * group["weight_decay"]
-            for params in self.stacks(group):
+            for params in self.trained(group):
                 for p, update in zip(params, self.updates(params, group["momentum"])):
-                    p.mul_(decay).sub_(update, alpha=group["lr"])
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(update, alpha=group["lr"])
 
-    def stacks(self, group):
+    def trained(self, group):
         """The parameters of a group that have a gradient, in lists of equal shape."""
         return same_shapes(p for p in group["params"] if p.grad is not None)
 
     def updates(self, params, beta: float):
-        """muon_update() of parameters of equal shape, [k, ...]. Keeps their momenta."""
+        """muon_update() of parameters of equal shape, [k, ...]. Keeps their momenta, zero at first."""
         grads = torch.stack([p.grad for p in params])
-        momenta = torch.stack([self.momentum(p) for p in params])
+        momenta = torch.stack([self.state[p].get("momentum", torch.zeros_like(p)) for p in params])
         update, momenta = muon_update(grads, momenta, beta)
         for p, momentum in zip(params, momenta):
             self.state[p]["momentum"] = momentum
         return update
 
-    def momentum(self, p):
-        """The momentum of a parameter, zero at first."""
-        return self.state[p].get("momentum", torch.zeros_like(p))
-
     def add_param_group(self, group):
-        if not isinstance(group, dict) or "role" not in group:
+        if "role" not in group:
             raise ValueError("Muon wants groups with a role, as parameter_groups() makes them")
         for name, p in group["params"]:
-            if group["role"] in TABLES and not self.allow_tables:
-                raise ValueError(f"{name} is a table: AdamW's, unless allow_tables=True")
-            if p.ndim > 2 or (p.ndim < 2) != (group["role"] == "gain"):
-                raise ValueError(f"{name} has shape {tuple(p.shape)}: neither matrix nor gain")
+            is_table = group["role"] in TABLES and not self.allow_tables
+            if is_table or p.ndim > 2 or (p.ndim < 2) != (group["role"] == "gain"):
+                raise ValueError(f"{name} {tuple(p.shape)}, {group['role']}: Muon is not for it")
         super().add_param_group(group)
 
 
@@ -123,57 +117,46 @@ def same_shapes(params, limit: int = 2**27):
 
 # Who is optimized by what
 
-
 TABLES = ("embedding", "head")  # a row for each token of the vocabulary
+ROLES = (*TABLES, "matrix", "embproj", "gain")
 
 
-def parameter_groups(model: nn.Module) -> list[dict]:
-    """Groups {"role", "params": [(name, tensor), ...]} that hold every parameter exactly once.
+def role_of(name: str, p, module: torch.nn.Module) -> str:
+    """One of ROLES, from a parameter's name and the module that has it. Shape cannot tell: an
+    embedding is a matrix as well. Raises ValueError where no rule fits (a bias, a convolution)."""
+    if isinstance(module, torch.nn.Embedding):
+        return "embedding"
+    if isinstance(module, torch.nn.Linear) and p.ndim == 2:
+        return "head" if "head" in name else "embproj" if "embproj" in name else "matrix"
+    if name.split(".")[-1] == "gain":
+        return "gain"
+    raise ValueError(f"{name} of a {type(module).__name__}: no rule gives it a role")
 
-    A role follows from the module's type and name. Shape cannot tell: an embedding is 2-D as well.
-    Raises ValueError, naming the parameter, where no rule fits (a bias, a convolution, ...).
-    """
-    groups = {role: [] for role in ("embedding", "head", "matrix", "embproj", "gain")}
-    seen = set()
-    for module_name, module in model.named_modules():
-        for name, p in module.named_parameters(prefix=module_name, recurse=False):
-            leaf = module_name.rsplit(".", 1)[-1]
-            if isinstance(module, nn.Embedding):
-                role = "embedding"
-            elif isinstance(module, nn.Linear) and p.ndim == 2:
-                role = "head" if leaf == "head" else "embproj" if "embproj" in leaf else "matrix"
-            elif name.endswith(".gain") or name == "gain":
-                role = "gain"
-            else:
-                raise ValueError(f"{name} of a {type(module).__name__}: no rule gives it a role")
-            if p not in seen:  # a tied head was seen as the embedding
-                groups[role].append((name, p))
-                seen.add(p)
+
+def parameter_groups(model: torch.nn.Module) -> list[dict]:
+    """Groups {"role", "params": [(name, tensor), ...]} that hold every parameter exactly once: a
+    tied head as the embedding."""
+    groups = {role: [] for role in ROLES}
+    for name, p in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
+        groups[role_of(name, p, module)].append((name, p))
     return [{"role": role, "params": params} for role, params in groups.items() if params]
 
 
-def make_optimizers(model, optimizer: str, lr: float, embed_lr: float, weight_decay: float,
-                    Muon=Muon) -> list:
+def make_optimizers(model, optimizer: str, lr, embed_lr, weight_decay, Muon=Muon) -> list:
     """The optimizers of a run. Each of their groups has a "peak_lr", which the schedule scales.
 
     "adam" is AdamW for all. "muon" is AdamW at embed_lr for embedding and head, Muon for the rest.
     "muon-only" is Muon for all, the paper's dagger row. All weights decay, as in the paper's code.
     """
-    to_adam = []
-    to_muon = []
-    for group in parameter_groups(model):
-        is_table = group["role"] in TABLES
-        group["lr"] = embed_lr if optimizer == "muon" and is_table else lr
-        group["peak_lr"] = group["lr"]
-        with_adam = optimizer == "adam" or (optimizer == "muon" and is_table)
-        (to_adam if with_adam else to_muon).append(group)
-    optimizers = []
-    if to_muon:
-        tables = optimizer == "muon-only"
-        optimizers.append(Muon(to_muon, weight_decay=weight_decay, allow_tables=tables))
-    if to_adam:
-        betas = (0.9, 0.95)  # usual for language models
-        fused = next(model.parameters()).is_cuda  # one kernel for all tensors
-        adam = torch.optim.AdamW(to_adam, betas=betas, weight_decay=weight_decay, fused=fused)
-        optimizers.append(adam)
-    return optimizers
+    with_adam = {"adam": ROLES, "muon": TABLES, "muon-only": ()}[optimizer]
+    groups = parameter_groups(model)
+    for group in groups:
+        rate = embed_lr if optimizer == "muon" and group["role"] in TABLES else lr
+        group.update(lr=rate, peak_lr=rate)
+    to_muon = [group for group in groups if group["role"] not in with_adam]
+    to_adam = [group for group in groups if group["role"] in with_adam]
+    usual = dict(betas=(0.9, 0.95), fused=model.embed.weight.is_cuda)  # fused: a single kernel
+    muon = [Muon(to_muon, weight_decay=weight_decay, allow_tables=not to_adam)] if to_muon else []
+    adam = [torch.optim.AdamW(to_adam, weight_decay=weight_decay, **usual)] if to_adam else []
+    return muon + adam

@@ -19,7 +19,7 @@ class DividedMuon(Muon):
         self.world = dist.get_world_size()
         super().__init__(groups, **options)
 
-    def stacks(self, group):
+    def trained(self, group):
         """Lists of all that is trained: DDP has a gradient for all of it. The limit of a list is that of a share."""
         return same_shapes((p for p in group["params"] if p.requires_grad), limit=self.world * 2**27)
 
@@ -52,10 +52,10 @@ class DividedMuon(Muon):
         complete = super().state_dict()
         numbers = self.numbers()
         for group in self.param_groups:
-            for params in self.stacks(group):
-                rows = [self.momentum(p) for p in self.share(params)]
-                mine = torch.stack(rows) if rows else torch.zeros_like(params[0])[None][:0]
-                momenta = self.all_gathered(mine, len(params))
+            for params in self.trained(group):
+                zero = torch.zeros_like(params[0])
+                rows = [self.state[p].get("momentum", zero) for p in self.share(params)]
+                momenta = self.all_gathered(torch.stack([*rows, zero])[:-1], len(params))  # there may be no rows
                 for p, momentum in zip(params, momenta) if self.rank == 0 else ():
                     momentum = momentum.to("cpu", copy=True)  # a GPU is too small for everyone's
                     complete["state"][numbers[p]] = dict(momentum=momentum)
@@ -65,7 +65,7 @@ class DividedMuon(Muon):
     def load_state_dict(self, state_dict):
         """Of a state of one process or of any number of ranks, take this rank's share."""
         numbers = self.numbers()
-        mine = {numbers[p] for group in self.param_groups for params in self.stacks(group) for p in self.share(params)}
+        mine = {numbers[p] for group in self.param_groups for params in self.trained(group) for p in self.share(params)}
         state = {i: state for i, state in state_dict["state"].items() if i in mine}
         super().load_state_dict(dict(state_dict, state=state))
 
