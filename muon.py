@@ -85,7 +85,7 @@ class Muon(torch.optim.Optimizer):
         return same_shapes(p for p in group["params"] if p.grad is not None)
 
     def updates(self, params, beta: float):
-        """muon_update() of parameters of equal shape, [k, ...]. Keeps their momenta, zero at first."""
+        """muon_update() of parameters of equal shape, [k, ...]. Momenta are kept, zero at first."""
         grads = torch.stack([p.grad for p in params])
         momenta = torch.stack([self.state[p].get("momentum", torch.zeros_like(p)) for p in params])
         update, momenta = muon_update(grads, momenta, beta)

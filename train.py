@@ -19,63 +19,59 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from nanoosp.methods import OSP
-from nanoosp.options import answer_before_torch, begin, command, fail, fill, option, parse
-from nanoosp.run_options import (RunOptions, check_options, fill_for_machine, in_words,
-                                 presets_table, resume)
+from nanoosp.methods import OPTIMIZERS, OSP
+from nanoosp.options import answer_before_torch, begin, command, fill, give, option, parse
+from nanoosp.run_options import RunOptions, presets_table, resume, settle
 
 # A row has the values of options that are left out. Learning rates of tiny and toy come from sweeps
 # (results/README.md), of small from their trend with width, of 1.4b from the paper (App. A.1).
 PRESETS = {
-    "tiny": dict(  # two CPU cores, two to four minutes
-        n_layer=4, n_head=4, n_embd=128, data="shakespeare", seq_len=128, batch_size=16, steps=800,
-        lr=dict(adam=3e-3, muon=6e-3), eval_windows=256, cuda_graph=True),
-    "toy": dict(  # one GPU, half a minute
-        n_layer=6, n_head=6, n_embd=384, data="shakespeare", seq_len=256, batch_size=64, steps=1000,
-        lr=dict(adam=1e-3, muon=4e-3), eval_windows=512, cuda_graph=True),
-    "small": dict(  # GPT-2's size, for real text; both rates trained once (results/README.md)
-        n_layer=12, n_head=12, n_embd=768, seq_len=1024, batch_size=256, steps=4000,
-        lr=dict(adam=1e-3, muon=2e-3), eval_windows=256, eval_every=200, save_every=200,
-        micro_batch_size=16),
-    "1.4b": dict(  # the paper's: 2^22 tokens a step, 100B in all; micro-batches for 80 GB
-        n_layer=24, n_head=16, n_embd=2048, vocab_size=49152, seq_len=2048, batch_size=2048,
-        steps=23842, lr=dict(adam=5e-3, muon=5e-4), eval_windows=256, eval_every=250,
-        save_every=250, micro_batch_size=8),
+    # two CPU cores, two to four minutes
+    "tiny": dict(n_layer=4, n_head=4, n_embd=128, data="shakespeare", seq_len=128, batch_size=16,
+                 steps=800, lr=dict(adam=3e-3, muon=6e-3), eval_windows=256, cuda_graph=True),
+    # one GPU, half a minute
+    "toy": dict(n_layer=6, n_head=6, n_embd=384, data="shakespeare", seq_len=256, batch_size=64,
+                steps=1000, lr=dict(adam=1e-3, muon=4e-3), eval_windows=512, cuda_graph=True),
+    # GPT-2's size, for real text; both rates trained once
+    "small": dict(n_layer=12, n_head=12, n_embd=768, seq_len=1024, batch_size=256, steps=4000,
+                  lr=dict(adam=1e-3, muon=2e-3), eval_windows=256, eval_every=200, save_every=200,
+                  micro_batch_size=16),
+    # the paper's: 2^22 tokens a step, 100B in all; micro-batches for 80 GB
+    "1.4b": dict(n_layer=24, n_head=16, n_embd=2048, vocab_size=49152, seq_len=2048,
+                 batch_size=2048, steps=23842, lr=dict(adam=5e-3, muon=5e-4), eval_windows=256,
+                 eval_every=250, save_every=250, micro_batch_size=8),
 }
 
 
 @dataclass
 class Options(RunOptions):
-    """None means "not given": resolve() fills it in."""
+    """None: resolve() gives the preset's value."""
 
     osp: bool = option(False, "all three: --optimizer muon --norm ss --embproj", launch=True,
-                       group="the method: each part of OSP is a switch (default: none of it)")
-    optimizer: str = option(None, "adam: AdamW for all. muon: AdamW for embedding and head only. "
-                            "muon-only: Muon for all", choices=["adam", "muon", "muon-only"])
-    norm: str = option(None, "RMSNorm, a gain per channel, or SSNorm, a single one",
-                       choices=["rms", "ss"])
+                       group="the method: each part of OSP is a switch")
+    optimizer: str = option("adam", "muon: AdamW for embedding and head; muon-only: Muon for all",
+                            choices=OPTIMIZERS)
+    norm: str = option("rms", "RMSNorm: a gain per channel. SSNorm: one", choices=["rms", "ss"])
     embproj: bool = option(None, "learned projections beside embedding and head, folded away later")
 
     preset: str = option(None, "shape and schedule (default: toy on CUDA, else tiny)",
                          choices=list(PRESETS), group="the model and its text")
-    data: str = option(None, "output of data/prepare.py or corpus.py, or a folder of llm.c or "
-                       "nanoGPT .bin files", may_change=True)
+    data: str = option(None, "output of data/*.py, or llm.c's or nanoGPT's .bin", may_change=True)
     n_layer: int = option(None, "blocks", high=1000)
     n_head: int = option(None, "attention heads")
     n_embd: int = option(None, "channels of the residual stream")
-    vocab_size: int = option(None, "embedding rows; without it, the ids, to multiples of 64")
+    vocab_size: int = option(None, "embedding rows (default: the ids, to multiples of 64)")
     seq_len: int = option(None, "tokens per sequence", low=2)
 
     steps: int = option(None, "optimizer steps in all", may_change=True, group="the optimization")
     batch_size: int = option(None, "sequences per optimizer step, over all ranks")
     lr: float = option(None, "peak learning rate, of Adam or of Muon")
-    embed_lr: float = option(None, "AdamW's with --optimizer muon; without it, twice --lr")
-    weight_decay: float = option(None, "weights shrink by lr times this (default: 0.01)", low=0)
-    warmup: int = option(None, "steps before the peak rate; without it, 5 %% of --steps", low=0)
-    cooldown: int = option(None, "final steps with a falling rate; without it, 20 %%", low=0,
-                           may_change=True)
-    grad_clip: float = option(None, "largest norm of a gradient; 0: any (default: 1)", low=0)
-    seed: int = option(None, "for the initial weights and the data order (default: 0)", low=0)
+    embed_lr: float = option(None, "AdamW's with --optimizer muon (default: twice --lr)")
+    weight_decay: float = option(0.01, "a step shrinks weights by lr times this", low=0)
+    warmup: int = option(None, "steps before the peak rate (default: 5 %% of --steps)", low=0)
+    cooldown: int = option(None, "final steps, slower (default: 20 %%)", low=0, may_change=True)
+    grad_clip: float = option(1.0, "clip the gradient to this norm; 0: never", low=0)
+    seed: int = option(0, "for the initial weights and the data order", low=0)
 
     after_help = presets_table(PRESETS)
 
@@ -83,17 +79,16 @@ class Options(RunOptions):
 answer_before_torch("train.py", Options)  # --help and misspelt options
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from data.splits import open_datasets
 from eval import at_four_bits, evaluate
 from model import Config, Transformer
-from muon import Muon, make_optimizers
-from nanoosp.divided import DividedMuon
+from muon import make_optimizers
+from nanoosp.divided import muon_of
 from nanoosp.fast import speed_up
 from nanoosp.machine import pick_device
-from nanoosp.ranks import Ranks, say
-from nanoosp.run import Run, check_finite
+from nanoosp.ranks import Ranks
+from nanoosp.run import Run, check_finite, check_vocabulary
 
 
 def trapezoid(step: int, steps: int, warmup: int, cooldown: int) -> float:
@@ -103,13 +98,9 @@ def trapezoid(step: int, steps: int, warmup: int, cooldown: int) -> float:
 
 
 def model_config(opt, n_ids: int) -> Config:
-    """The shape of the model for a tokenizer with `n_ids` ids. Raises ValueError if they do not
-    fit."""
-    enough = math.ceil(n_ids / 64) * 64  # multiples of 64 keep the head's matrix product fast
-    vocab_size = opt.vocab_size or enough
-    if vocab_size < n_ids:
-        raise ValueError(f"the tokenizer has {n_ids:,} ids, more than the model's vocabulary of "
-                         f"{vocab_size:,}: use --vocab-size {enough}")
+    """The shape of the model for a tokenizer with `n_ids` ids. Raises ValueError if it has more."""
+    vocab_size = opt.vocab_size or math.ceil(n_ids / 64) * 64  # 64: fast matrix products
+    check_vocabulary(vocab_size, n_ids)
     return Config(opt.n_layer, opt.n_head, opt.n_embd, vocab_size, opt.norm, opt.embproj)
 
 
@@ -118,12 +109,9 @@ def build(opt, n_ids: int, ranks):
     torch.manual_seed(opt.seed)
     with torch.device(ranks.device if opt.device == "cuda" else "cpu"):
         model = Transformer(model_config(opt, n_ids)).to(ranks.device)  # on a GPU drawn there: fast
-    MuonOfRanks = Muon if ranks.world == 1 else DividedMuon
-    optimizers = make_optimizers(model, opt.optimizer, opt.lr, opt.embed_lr, opt.weight_decay,
-                                 MuonOfRanks)
-    forward = speed_up(model, opt)
-    if ranks.world > 1:
-        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
+    rates = (opt.lr, opt.embed_lr, opt.weight_decay)
+    optimizers = make_optimizers(model, opt.optimizer, *rates, muon_of(ranks))
+    forward = ranks.average_gradients(speed_up(model, opt))
     return model, optimizers, forward
 
 
@@ -179,31 +167,18 @@ def train(opt, state, ranks):
 
 
 def resolve(opt):
-    """Fill in the options that are None: first the run's (--resume), then the preset's, then these.
-    Returns the checkpoint to resume from, or None. Nobody changes an option after this."""
+    """Fill in the options that are None: with the run's (--resume), then the preset's, then these.
+    Nobody changes an option after this. Returns the checkpoint to resume from, or None."""
     if opt.osp:
-        fill(opt, **OSP)
-        for name, value in OSP.items():
-            if getattr(opt, name) != value:
-                fail(f"--osp means {OSP}: leave it out to use {name} {getattr(opt, name)}")
+        give(opt, OSP)
     state = resume(opt)
     opt.device = pick_device(opt.device)
-    fill(opt, preset="toy" if opt.device == "cuda" else "tiny", optimizer="adam", norm="rms",
-         embproj=False)
-    if opt.bench:
-        fill(opt, steps=10, data="random")
-    preset = dict(PRESETS[opt.preset])
-    lr = preset.pop("lr")["adam" if opt.optimizer == "adam" else "muon"]
-    fill(opt, lr=lr, **preset)
-    fill(opt, embed_lr=2 * opt.lr, weight_decay=0.01, grad_clip=1.0, seed=0)
-    fill(opt, warmup=opt.steps // 20, cooldown=opt.steps // 5)
-    fill(opt, eval_every=max(1, opt.steps // 10), save_every=max(1, opt.steps // 4))
-    fill_for_machine(opt)
-    check_options(opt, state["step"] if state else 0)
-    try:
-        model_config(opt, n_ids=1)  # only checks the shape, before any data is opened
-    except ValueError as error:
-        fail(str(error))
+    fill(opt, preset="toy" if opt.device == "cuda" else "tiny", embproj=False)
+    preset = PRESETS[opt.preset]
+    lr = preset["lr"]["adam" if opt.optimizer == "adam" else "muon"]
+    fill(opt, **dict(preset, lr=lr))
+    fill(opt, embed_lr=2 * opt.lr, warmup=opt.steps // 20, cooldown=opt.steps // 5)
+    settle(opt, state)  # how this machine computes it; ends the program if options do not fit
     return state
 
 
@@ -211,11 +186,9 @@ def resolve(opt):
 def main(argv=None):
     opt = parse(Options, __doc__, argv)
     state = resolve(opt)
-    say(in_words(opt), opt.json)
     with Ranks.start(opt.device) as ranks:
         train(opt, state, ranks)
 
 
 if __name__ == "__main__":
-    begin(main, {"--ablation": "tools.ablation", "--dry-run": "tools.dry_run",
-                 "--bench": "tools.bench"})
+    begin(main, "tools.ablation", "tools.dry_run", "tools.bench")

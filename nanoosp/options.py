@@ -77,7 +77,9 @@ def build_parser(options: type, docstring: str) -> Parser:
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     for field in sorted(dataclasses.fields(options), key=lambda f: f.name not in options.__annotations__):
-        facts, kwargs = field.metadata, dict(default=field.default, help=field.metadata["help"])
+        facts, kwargs = field.metadata, dict(default=argparse.SUPPRESS, help=field.metadata["help"])
+        if field.default not in (None, False) and "(default" not in facts["help"]:
+            kwargs["help"] += f" (default: {field.default})"
         if facts["group"]:
             add = parser.add_argument_group(facts["group"]).add_argument
         if field.type is bool:  # --name, and --no-name where "not given" is a third answer
@@ -87,8 +89,6 @@ def build_parser(options: type, docstring: str) -> Parser:
             at_least_one = facts["required"] or not facts["positional"]
             kwargs |= dict(nargs="+" if at_least_one else "*") if facts["many"] else {}
             kwargs |= dict(required=True) if facts["required"] and not facts["positional"] else {}
-        if facts["positional"]:
-            del kwargs["default"]  # argparse then insists on it
         add(field.name if facts["positional"] else flag(field.name), **kwargs)
     return parser
 
@@ -110,8 +110,8 @@ def parse(options: type, docstring: str, argv=None):
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1)
         problem = "unknown option" if unknown[0].startswith("-") else "unexpected word"
         fail(f"{problem} {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
-    opt = options(**vars(args))
-    opt.given = {f.name for f in dataclasses.fields(opt) if getattr(opt, f.name) != f.default}
+    opt = options(**vars(args))  # which has only what was given
+    opt.given = set(vars(args))
     opt.began = time.perf_counter()
     check_ranges(opt)
     return opt
@@ -126,11 +126,11 @@ def door(name: str, module: str):
         sys.exit()
 
 
-def begin(main, instead: dict[str, str]):
-    """Run a script's main(); or, if an option named in `instead` was given, main() of the module that it names."""
+def begin(main, *modules: str):
+    """Run a script's main(), or that of the first of `modules` whose option was given: --dry-run is for tools.dry_run."""
     given = [word.replace("_", "-") for word in sys.argv[1:]]
-    for option, module in instead.items():
-        if option in given:
+    for module in modules:
+        if flag(module.split(".")[-1]) in given:
             door("__main__", module)
     main()
 
@@ -159,6 +159,13 @@ def exit_at_once(*_):
     with contextlib.suppress(RuntimeError):  # it may be in the middle of printing
         sys.stdout.flush()
     os._exit(interrupted())
+
+
+def give(opt, values: dict):
+    """Treat options as if they had these values on the command line, unless they are there with others."""
+    for name in values.keys() - opt.given:
+        setattr(opt, name, values[name])
+    opt.given |= values.keys()
 
 
 def fill(opt, **defaults):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from nanoosp.options import is_first
@@ -55,6 +56,10 @@ class Ranks:
     def mean(self, values: torch.Tensor) -> list[float]:
         """Mean over all ranks, as Python numbers. Changes `values`."""
         return (self.sum(values) / self.world).tolist()
+
+    def average_gradients(self, model):
+        """What to call instead of `model`, so that backward() leaves the mean of all ranks' gradients."""
+        return model if self.world == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def wait(self):
         """Until all ranks are here."""

@@ -19,7 +19,7 @@ from nanoosp.machine import peak_memory_gib
 from nanoosp.methods import slug
 from nanoosp.options import ROOT
 from nanoosp.ranks import say
-from nanoosp.run_options import remembered
+from nanoosp.run_options import in_words, remembered
 from nanoosp.signals import StopSignal
 from nanoosp.summary import optimizer_table, run_summary
 
@@ -53,7 +53,7 @@ class Run:
             if found and not state:
                 raise FileExistsError(f"{self.path} holds {', '.join(found)}: to go on with a run, --resume {self.path}; for "
                                       "a new one, another --out")
-            say(f"{optimizer_table(optimizers)}\n{opt.batch_size} x {opt.seq_len} tokens a step, "
+            say(f"{in_words(opt)}\n{optimizer_table(optimizers)}\n{opt.batch_size} x {opt.seq_len} tokens a step, "
                 f"{opt.steps * opt.batch_size / data.n_windows:.2g} epochs, directory {self.path}", opt.json)
         self.stop = StopSignal()
         if not state:
@@ -142,6 +142,13 @@ class Run:
                        peak_memory_gib=peak_memory_gib(self.ranks.device), wall_s=time.perf_counter() - opt.began)
         write_text(self.path / "summary.json", json.dumps(summary) + "\n")
         print(json.dumps(summary) if opt.json else run_summary(summary, remembered(opt), self.path))
+
+
+def check_vocabulary(vocab_size: int, n_ids: int):
+    """Raises ValueError for a tokenizer with more ids than a model has embeddings."""
+    if vocab_size < n_ids:
+        raise ValueError(f"the tokenizer has {n_ids:,} ids, more than the model's vocabulary of {vocab_size:,}: use "
+                         f"--vocab-size {math.ceil(n_ids / 64) * 64}")
 
 
 def check_finite(description: str, *values: float):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from nanoosp.checkpoint import load_checkpoint
+from nanoosp.methods import OSP
 from nanoosp.options import check_ranges, fail, fill, flag, option
 from nanoosp.summary import table
 
@@ -22,13 +23,13 @@ class RunOptions:
     out: str = option(None, "the run's directory; without it, a new one under runs/", launch=True, group="the run")
     resume: str = option(None, "go on with a run, with its options; with more --steps the rate climbs again", launch=True,
                          metavar="DIR")
-    eval_every: int = option(None, "steps between evaluations; without it and a preset's, a tenth of --steps",
+    eval_every: int = option(None, "steps between evaluations (default, without a preset's: a tenth of --steps)",
                              may_change=True)
-    save_every: int = option(None, "steps between checkpoints; without it and a preset's, a quarter of --steps",
+    save_every: int = option(None, "steps between checkpoints (default, without a preset's: a quarter of --steps)",
                              may_change=True)
     eval_windows: int = option(None, "sequences of validation text in an evaluation", may_change=True)
-    micro_batch_size: int = option(None, "sequences per forward on a rank; fewer save memory. Without it, a whole step's "
-                                   "or a preset's", may_change=True)
+    micro_batch_size: int = option(None, "sequences per forward on a rank; fewer save memory (default, without a preset's: "
+                                   "all of them)", may_change=True)
     device: str = option(None, "without it, the first of these that is there", may_change=True,
                          choices=["cuda", "mps", "cpu"])
     dtype: str = option(None, "of matrix products; weights stay float32 (default: bfloat16 on CUDA; float8: on Hopper and "
@@ -84,16 +85,18 @@ def resume(opt) -> dict | None:
         if saved is not None and (not isinstance(saved, kinds) or choices and saved not in choices):
             raise ValueError(f"{opt.resume} is damaged: it was started with {flag(field.name)} {saved!r}")
     for name, saved in state["options"].items():
-        given = getattr(opt, name, None)
-        if given not in (None, saved) and name not in may_change:
-            fail(f"{flag(name)} {given}: {opt.resume} was started with {saved} and keeps it")
-        setattr(opt, name, saved if given is None else given)
+        if name not in opt.given and saved is not None:
+            setattr(opt, name, saved)
+        elif getattr(opt, name, saved) != saved and name not in may_change:
+            fail(f"{flag(name)} {getattr(opt, name)}: {opt.resume} was started with {saved} and keeps it")
     return state
 
 
-def fill_for_machine(opt):
-    """Give the options that depend on the machine their values: how a step is divided and computed here."""
+def settle(opt, state):
+    """Give the options that depend on the machine their values: how a step is divided and computed here. Ends the program
+    if options do not go together. `state`: the checkpoint of --resume, or None."""
     on_cuda = opt.device == "cuda"
+    fill(opt, eval_every=max(1, opt.steps // 10), save_every=max(1, opt.steps // 4))
     fill(opt, micro_batch_size=opt.batch_size, dtype="bfloat16" if on_cuda else "float32", recompute=False)
     if "micro_batch_size" not in opt.given:  # the preset's, or that of the run's last machine, as far as it divides
         opt.micro_batch_size = math.gcd(opt.batch_size // n_ranks(), opt.micro_batch_size)
@@ -102,6 +105,7 @@ def fill_for_machine(opt):
     fill(opt, compile=on_cuda and not opt.cuda_graph)
     if opt.data is not None and Path(opt.data).exists():
         opt.data = str(Path(opt.data).resolve())  # so that --resume finds it from anywhere
+    check_options(opt, state["step"] if state else 0)
 
 
 def n_ranks() -> int:
@@ -117,7 +121,16 @@ def can_record(opt) -> bool:
 
 def check_options(opt, step: int):
     """End the program at the first options that do not go together. `step`: that of --resume."""
+    from model import Config  # only here: torch takes seconds to import
+
     check_ranges(opt)
+    if opt.osp and not OSP.items() <= vars(opt).items():
+        name = next(name for name in OSP if getattr(opt, name) != OSP[name])
+        fail(f"--osp means {OSP}: leave it out to use {name} {getattr(opt, name)}")
+    try:
+        Config(opt.n_layer, opt.n_head, opt.n_embd, opt.vocab_size or 1)
+    except ValueError as error:
+        fail(str(error))
     if opt.warmup + opt.cooldown > opt.steps:
         fail(f"--warmup {opt.warmup} and --cooldown {opt.cooldown} do not fit into --steps {opt.steps}")
     if opt.batch_size % n_ranks():

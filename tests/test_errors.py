@@ -15,8 +15,6 @@ import torch
 from conftest import read_log
 from launch import train_py
 
-import eval as evaluation
-import quantize
 import train
 from data.prepare import prepare
 from data.dataset import Dataset, write_shard

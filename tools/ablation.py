@@ -97,8 +97,7 @@ def main(argv=None):
 
 def check(opt):
     """End the program if it is asked for what an ablation cannot do."""
-    chosen = opt.osp or opt.optimizer or opt.norm or opt.embproj is not None
-    if chosen or opt.resume:
+    if opt.given & {"osp", "optimizer", "norm", "embproj", "resume"}:
         fail("--ablation chooses the parts of OSP itself, and goes on by itself if started again")
     for name in ("bench", "dry_run"):
         if getattr(opt, name):
@@ -117,7 +116,7 @@ def plan(opt, base: Path) -> list[Row]:
     """All rows. Ends the program if their options, or what they were started with, do not fit."""
     adam_rate = opt.lr or train.PRESETS[opt.preset]["lr"]["adam"]
     given = {name: getattr(opt, name) for name in opt.given - OWN_OPTIONS}
-    rows, first_seed = [], opt.seed or 0
+    rows, first_seed = [], opt.seed
     for seed in range(first_seed, first_seed + (opt.seeds or 1)):
         for optimizer, norm, embproj, hot in TABLE_2 + NOT_IN_THE_PAPER * opt.full:
             parts = dict(optimizer=optimizer, norm=norm, embproj=embproj)

@@ -110,7 +110,7 @@ def time_training(name: str, small: bool):
     if dtype not in kinds.get(method, ()):
         fail(f"{name}: that was not built; see --help")
     shape = "--preset tiny --device cpu --batch-size 16" if small else "--preset 1.4b --batch-size 256"
-    argv = [*shape.split(), "--bench", "--lr", "1e-5", "--micro-batch-size", micro,
+    argv = [*shape.split(), "--bench", "--data", "random", "--lr", "1e-5", "--micro-batch-size", micro,
             "--dtype", "bfloat16" if "-all" in dtype or dtype == "torchao" else dtype]
     opt = parse(train.Options, "", argv + ["--osp"] * (method == "osp"))
     train.resolve(opt)
@@ -140,7 +140,7 @@ def time_training(name: str, small: bool):
 
 def random_model(small: bool) -> Transformer:
     preset = "tiny" if small else "1.4b"
-    opt = parse(train.Options, "", ["--preset", preset, "--bench", "--device", "cpu" if small else "cuda"])
+    opt = parse(train.Options, "", ["--preset", preset, "--bench", "--data", "random", "--device", "cpu" if small else "cuda"])
     train.resolve(opt)
     config = train.model_config(opt, 256)
     torch.manual_seed(0)
