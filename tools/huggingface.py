@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from data.dataset import TOKENIZER_JSON
-from data.tokenizer import JsonTokenizer, beginning, separator, tokenizer_of
+from data.tokenizer import (JsonTokenizer, beginning, json_from_encoding, separator,
+                            tokenizer_of)
 from model import Config, Transformer
 from nanoosp.files import as_json, read_log, read_text, require, whole, write_text
-from tools.tokenizer_json import json_from_encoding
 
 PURPOSE = "a Hugging Face directory"
 SEQ_LEN = 2048  # to measure on, where a model from elsewhere can read longer texts
