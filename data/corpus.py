@@ -353,18 +353,16 @@ def count(text: str) -> int:
 
 
 def parse_spec(text: str, on_hub: bool) -> tuple[str, float | None, bool]:
-    """NAME or NAME=WEIGHT. Raises ValueError."""
+    """(name, weight, on_hub) of NAME or NAME=WEIGHT. Ends the program for an impossible weight."""
     name, equals, weight = text.rpartition("=")
     if not equals or Path(text).exists():
         return text, None, on_hub
     if not name:
-        raise ValueError(f"{text}: there is no name before the weight")
-    try:
+        fail(f"{text}: there is no name before the weight")
+    with contextlib.suppress(ValueError):
         if 0 < float(weight) < math.inf:
             return name, float(weight), on_hub
-    except ValueError:
-        pass
-    raise ValueError(f"{text}: the weight {weight!r} is no positive number")
+    fail(f"{text}: the weight {weight!r} is no positive number")
 
 
 @dataclass
@@ -399,11 +397,8 @@ class Options:
 @command
 def main(argv=None):
     opt = parse(Options, __doc__, argv)
-    try:
-        specs = [parse_spec(text, False) for text in opt.text or []]
-        specs += [parse_spec(name, True) for name in opt.hub or []]
-    except ValueError as error:
-        fail(str(error))
+    specs = [parse_spec(text, False) for text in opt.text or []]
+    specs += [parse_spec(name, True) for name in opt.hub or []]
     if not specs:
         fail("name what to read, with --text or --hub")
     if opt.endings and not opt.text:

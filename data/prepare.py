@@ -94,12 +94,8 @@ def split_text(text: str) -> tuple[list[str], list[str]]:
 
 def encode_all(documents: list[str], encoding, split: str) -> np.ndarray:
     """All documents as one uint16 array, each after a separator token."""
-
-    def tokens(document):
-        return encode_document(encoding, document).astype(np.uint16)
-
     with ThreadPoolExecutor() as pool:  # tokenizers release Python's lock
-        parts = pool.map(tokens, documents)
+        parts = pool.map(lambda text: encode_document(encoding, text).astype(np.uint16), documents)
         bar = tqdm(parts, f"tokenize {split}", len(documents), disable=None, leave=False)
         return np.concatenate(list(bar))
 

@@ -63,9 +63,7 @@ def has_ending(name: str, endings) -> bool:
 
 def describe_left_out(names) -> str:
     """Files by their endings: "120 files: 80 .c, 30 .h, 10 others"."""
-    counts = Counter(Path(name).suffix for name in names)
-    counts.pop("", None)
-    common = counts.most_common(8)
+    common = Counter(filter(None, (Path(name).suffix for name in names))).most_common(8)
     others = len(names) - sum(n for _, n in common)
     listed = [f"{n:,} {ending}" for ending, n in common]
     listed += [f"{others:,} other{'s' * (others != 1)}"] if others else []
@@ -129,24 +127,12 @@ def hub_files(name: str, revision: str | None) -> tuple[list[File], list[str]]:
 
 def download(repo: str, name: str, revision: str, folder: Path | None = None) -> Path:
     """Download a file of a dataset on the hub, into `folder` or else into huggingface_hub's cache.
-    The file has another name until it is whole.
-
-    Raises ConnectionError if it cannot be fetched, ImportError without huggingface_hub.
-    """
+    The file has another name until it is whole, which the library makes sure of. Raises ConnectionError if it
+    cannot be fetched, ImportError without huggingface_hub."""
     hub = require("huggingface_hub", "--hub")
     where = dict(repo_type="dataset", revision=revision, local_dir=folder)
     path = with_retries(lambda: hub.hf_hub_download(repo, name, **where), f"{repo}/{name}")
     return Path(path)
-
-
-def fetch(file: File, folder: Path) -> Path:
-    """Download a file of the hub into `folder`."""
-    path = download(file.repo, file.name, file.revision, folder / file.repo.replace("/", "--"))
-    if path.stat().st_size != file.size:
-        path.unlink()
-        raise ConnectionError(f"{file.repo}/{file.name} came with the wrong size; the same command "
-                              "tries again")
-    return path
 
 
 # Blocks: one process reads each file once, and hands it on in pieces of whole documents
@@ -304,7 +290,8 @@ class Source:
         """Yield (file number, block number, future of encode_block) from the position on."""
         first_file, first_block, _ = self.state["position"]
         for f, file in list(enumerate(self.files))[first_file:]:
-            path = file.path or fetch(file, downloads)
+            path = file.path or download(file.repo, file.name, file.revision,
+                                         downloads / file.repo.replace("/", "--"))
             try:
                 for b, (offset, block) in enumerate(read_blocks(path, self.key)):
                     if f == self.given_up:

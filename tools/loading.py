@@ -151,20 +151,17 @@ def check_known(options: dict, data: dict, path):
     if missing:
         raise ValueError(f"{path} does not say {', '.join(missing)}: train.py or quantize.py would "
                          "have")
+    kinds = dict(seq_len=int, data=str, seed=int, hf_config=dict, hf_files=dict, end_ids=list)
     possible = (
-        isinstance(options.get("hf_config", {}), dict)
+        all(type(options[name]) is kind for name, kind in kinds.items() if name in options)
         and all(type(n) is int and n > 0 for n in (options["seq_len"], own_length(options)))
         and options.get("optimizer", "adam") in OPTIMIZERS
-        and isinstance(options.get("data", ""), str) and type(options.get("seed", 0)) is int
-        and isinstance(data["tokenizer"], str)
-        and isinstance(options.get("end_ids", []), list)
         and all(type(i) is int for i in options.get("end_ids", []))
-        and isinstance(options.get("hf_files", {}), dict)
         and all(str(PurePath(name).parent) in (".", "additional_chat_templates")  # nowhere else
-                and isinstance(text, str) for name, text in options.get("hf_files", {}).items())
+                and type(text) is str for name, text in options.get("hf_files", {}).items())
+        and type(data["tokenizer"]) is str
+        and (data["tokenizer"] != TOKENIZER_JSON or type(data.get("tokenizer_json")) is str)
     )
-    if data["tokenizer"] == TOKENIZER_JSON:
-        possible = possible and isinstance(data.get("tokenizer_json"), str)
     if not possible:
         raise ValueError(f"{path} says impossible things of its training or its tokenizer: it is "
                          "damaged")
