@@ -127,8 +127,8 @@ def hub_files(name: str, revision: str | None) -> tuple[list[File], list[str]]:
 
 def download(repo: str, name: str, revision: str, folder: Path | None = None) -> Path:
     """Download a file of a dataset on the hub, into `folder` or else into huggingface_hub's cache.
-    The file has another name until it is whole, which the library makes sure of. Raises ConnectionError if it
-    cannot be fetched, ImportError without huggingface_hub."""
+    The library gives it another name until it is whole. Raises ConnectionError if it cannot be
+    fetched, ImportError without huggingface_hub."""
     hub = require("huggingface_hub", "--hub")
     where = dict(repo_type="dataset", revision=revision, local_dir=folder)
     path = with_retries(lambda: hub.hf_hub_download(repo, name, **where), f"{repo}/{name}")

@@ -39,11 +39,9 @@ BYTE_WORDS = {f"<0x{byte:02X}>": byte for byte in range(256) if byte not in (0, 
 
 def tokenizer(name: str):
     """The encoding called `name`: "bytes" (256 ids, no download), one that tiktoken knows, such as
-    "r50k_base" (GPT-2's), or the path of a tokenizer.json or of a directory that holds one.
-
-    Raises ValueError for an unknown name, one that cannot be fetched, or a file that cannot be
-    used, and ImportError if a file needs a package that is missing.
-    """
+    "r50k_base" (GPT-2's), or the path of a tokenizer.json or of a directory that holds one. Raises
+    ValueError for an unknown name, one that cannot be fetched, or a file that cannot be used, and
+    ImportError if a file needs a package that is missing."""
     if name == "bytes":  # without merges; the pattern only keeps the pieces short
         ranks = {bytes([i]): i for i in range(256)}
         return tiktoken.Encoding(
@@ -61,11 +59,9 @@ def tokenizer(name: str):
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # it downloads its table on first use, with many kinds of errors
-        raise ValueError(
-            f"tokenizer {name!r} could not be fetched ({type(error).__name__}); set "
-            "TIKTOKEN_CACHE_DIR to a folder where tiktoken has stored it before, or, for new data, "
-            "use --tokenizer bytes"
-        ) from error
+        raise ValueError(f"tokenizer {name!r} could not be fetched ({type(error).__name__}); set "
+                         "TIKTOKEN_CACHE_DIR to a folder where tiktoken has stored it before, or, "
+                         "for new data, use --tokenizer bytes") from error
 
 
 def tokenizer_for_shards(name: str):
@@ -177,11 +173,9 @@ def without_token(encoding, n: int) -> list[int]:
 
 class JsonTokenizer:
     """The tokenizer in a tokenizer.json, by Hugging Face's library `tokenizers`. It never makes a
-    special token from text, cuts or pads nothing, and gives a text the same ids every time.
-
-    Raises ValueError, with one line that begins with `source`, for a file that cannot be used, and
-    ImportError without the library.
-    """
+    special token from text, cuts or pads nothing, and gives a text the same ids every time. Raises
+    ValueError, with one line that begins with `source`, for a file that cannot be used, and
+    ImportError without the library."""
 
     name = TOKENIZER_JSON
 

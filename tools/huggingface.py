@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 
 from data.dataset import TOKENIZER_JSON
-from data.tokenizer import (JsonTokenizer, beginning, json_from_encoding, separator,
-                            tokenizer_of)
+from data.tokenizer import JsonTokenizer, beginning, json_from_encoding, separator, tokenizer_of
 from model import Config, Transformer
 from nanoosp.files import as_json, read_log, read_text, require, whole, write_text
 
@@ -85,11 +84,9 @@ def is_llama(path: Path) -> bool:
 
 def load_llama(directory, device="cpu"):
     """(model, options, data) of a Hugging Face directory. The latter two are as in a checkpoint of
-    train.py, as far as they can be known: tokenizer_of(data) is the model's tokenizer.
-
-    Raises FileNotFoundError and ValueError for a directory that cannot be used, and ImportError
-    without transformers.
-    """
+    train.py, as far as they can be known: tokenizer_of(data) is the model's tokenizer. Raises
+    FileNotFoundError and ValueError for a directory that cannot be used, and ImportError without
+    transformers."""
     directory = Path(directory)
     theirs, config = read_config(directory / "config.json")
     model = load_weights(config, directory).to(device)

@@ -73,7 +73,7 @@ class Loaded:
         data that has taken its place."""
         if "data" not in self.options:
             raise ValueError(f"{self.path} is a Hugging Face model, which brings no text: name one "
-                             "with --text FILE")
+                             "with --text FILE, or one to calibrate on with --calib FILE")
         directory = find_dataset(self.options["data"])
         data = Dataset(directory, split, self.seq_len, self.options["seed"])
         check_data(self.data, data)
@@ -111,19 +111,14 @@ class Loaded:
         if file is not None:
             blocks = self.text_blocks(file, self.seq_len + 1)
             return torch.from_numpy(blocks.windows(blocks.evaluation_windows(n)))
-        if "data" not in self.options:
-            raise ValueError(f"{recipe.method} needs text to calibrate on, and {self.path} has "
-                             "none: use --calib FILE")
         data = self.dataset("train")
         return torch.from_numpy(data.batch(0, min(n, data.n_windows)))
 
 
 def load(path, device: str = "cpu", int4: bool = False) -> Loaded:
-    """A run directory, a checkpoint, a Hugging Face LLaMA directory or a four-bit file.
-
-    int4: the weights of a four-bit file stay packed, which only CUDA can compute with.
-    Raises FileNotFoundError, and ValueError for a file that is damaged or not one of ours.
-    """
+    """A run directory, a checkpoint, a Hugging Face LLaMA directory or a four-bit file. int4: the
+    weights of a four-bit file stay packed, which only CUDA can compute with. Raises
+    FileNotFoundError, and ValueError for a file that is damaged or not one of ours."""
     path, step = Path(path), None
     if is_llama(path):
         model, options, data = load_llama(path, device)
