@@ -185,7 +185,7 @@ def read_blocks(path: Path, key: str):
 
 
 def first_block(file: File, key: str):
-    """(offset, block) as read_blocks yields them first, and how many of the file's bytes it is."""
+    """What read_blocks yields first: (offset, block, how many of the file's bytes that is)."""
     offset, block = next(read_blocks(file.path, key))
     if file.name.endswith(".parquet"):
         rows = require("pyarrow.parquet", file.name).read_metadata(file.path).num_rows
@@ -232,13 +232,11 @@ def encode_block(name: str, offset: int, block) -> list[tuple[np.ndarray, int] |
     separates documents."""
     result = []
     for text in documents(name, offset, block, key):
-        raw = text.encode("utf-8", "replace")  # JSON can hold half of a surrogate pair
+        n_bytes = len(text.encode("utf-8", "replace"))  # JSON can hold half of a surrogate pair
         try:
-            tokens = encode_document(encoding, raw.decode("utf-8"))
+            result.append((encode_document(encoding, text).astype(np.uint16), n_bytes))
         except HoldsSeparator:
             result.append(None)
-            continue
-        result.append((tokens.astype(np.uint16), len(raw)))
     return result
 
 
