@@ -35,7 +35,8 @@ from nanoosp.options import command, fail, option, parse
 # Converters: a row of the dataset -> a question. exact: with the paper's oddities.
 
 
-def mc(context: str, choices: list[str], gold: int, **more) -> dict:
+def mc(context: str, texts: list[str], gold: int, blank=" ", **more) -> dict:
+    choices = [blank + text for text in texts]
     if not 0 <= gold < len(choices):
         raise ValueError(f"answer {gold} of {len(choices)} choices (a split without answers?)")
     return dict(type="mc", context=context, choices=choices, gold=gold, **more)
@@ -43,13 +44,11 @@ def mc(context: str, choices: list[str], gold: int, **more) -> dict:
 
 def arc(row, exact):
     labels, texts = row["choices"]["label"], row["choices"]["text"]  # labels are A to E, or 1 to 5
-    choices = [" " + text for text in texts]
-    return mc(f"Question: {row['question']}\nAnswer:", choices, labels.index(row["answerKey"]))
+    return mc(f"Question: {row['question']}\nAnswer:", texts, labels.index(row["answerKey"]))
 
 
 def commonsense_qa(row, exact):
-    choices = [" " + text for text in row["choices"]["text"]]
-    return mc(row["question"], choices, "ABCDE".index(row["answerKey"].strip()))
+    return mc(row["question"], row["choices"]["text"], "ABCDE".index(row["answerKey"].strip()))
 
 
 def gsm8k(row, exact):
@@ -64,27 +63,26 @@ def hellaswag(row, exact):
         return text if exact else text.strip()
 
     context = clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()} ")
-    return mc(context, [" " + clean(ending) for ending in row["endings"]], int(row["label"]))
+    return mc(context, [clean(ending) for ending in row["endings"]], int(row["label"]))
 
 
 def mmlu(row, exact):
     subject = row["subject"].replace("_", " ")
     context = f"The following are questions about {subject}.\nQuestion: {row['question']}\nAnswer:"
-    return mc(context, [" " + t for t in row["choices"]], int(row["answer"]), group=row["subject"])
+    return mc(context, row["choices"], int(row["answer"]), group=row["subject"])
 
 
 def openbook_qa(row, exact):
-    choices = [" " + text for text in row["choices"]["text"]]
-    return mc(row["question_stem"], choices, "ABCDE".index(row["answerKey"].strip()))
+    right = "ABCDE".index(row["answerKey"].strip())
+    return mc(row["question_stem"], row["choices"]["text"], right)
 
 
 def piqa(row, exact):
-    choices = [" " + row["sol1"], " " + row["sol2"]]
-    return mc(f"Question: {row['goal']}\nAnswer:", choices, int(row["label"]))
+    return mc(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"]))
 
 
 def siqa(row, exact):
-    choices = [" " + row["answer" + letter] for letter in "ABC"]
+    choices = [row["answer" + letter] for letter in "ABC"]
     return mc(f"{row['context']} {row['question']}", choices, int(row["label"]) - 1)
 
 
@@ -105,7 +103,7 @@ def trivia_qa(row, exact):
 def winogrande(row, exact):
     before, _, after = row["sentence"].partition("_")  # a blank stays at its end
     choices = [f"{row[option]} {after.strip()}" for option in ("option1", "option2")]
-    return mc(before, choices, int(row["answer"]) - 1)
+    return mc(before, choices, int(row["answer"]) - 1, blank="")
 
 
 class Origin(NamedTuple):

@@ -131,11 +131,11 @@ def read_manifest(out: Path) -> dict | None:
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        counts, begun_with = [], manifest["begun_with"]
+        begun_with = manifest["begun_with"]
+        counts = [len(source["name"]) for source in manifest["sources"]]
         for source, (_, _) in zip(manifest["sources"], begun_with["sources"], strict=True):
             file, block, document = source["position"]
-            counts += [file, block, document, len(source["name"])]
-            counts += [source["documents"], source["tokens"]]
+            counts += [file, block, document, source["documents"], source["tokens"]]
             counts += [n for n, _ in source.get("left_out", {}).values()]
         for name in ("train", "val"):
             split = manifest["splits"][name]
@@ -144,12 +144,8 @@ def read_manifest(out: Path) -> dict | None:
             names = [f"{name}_{i:06d}.bin" for i in range(len(split["shards"]))]
             if [shard["name"] for shard in split["shards"]] != names:  # files that will be cut
                 raise ValueError
-        possible = (
-            all(type(n) is int and n >= 0 for n in counts)
-            and isinstance(manifest["revisions"], dict)
-            and set(FIXED) <= begun_with.keys()
-        )
-        if not possible:
+        if not (all(type(n) is int and n >= 0 for n in counts)
+                and isinstance(manifest["revisions"], dict) and set(FIXED) <= begun_with.keys()):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: remove {out} and begin again") from error
@@ -172,8 +168,7 @@ def check_disk(out: Path, sources: list[Source], tokens: float, shard_tokens: in
                     for source in sources)
     # A shard is written while its .part file still exists
     need = 2 * tokens + 4 * min(shard_tokens, tokens) + downloads
-    folder = next(path for path in (out, *out.absolute().parents) if path.exists())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(out).free
     if need > free:
         raise OSError(f"{out} needs about {size(need)}, but {size(free)} are free there: use "
                       "--max-tokens or another --out")
@@ -182,10 +177,7 @@ def check_disk(out: Path, sources: list[Source], tokens: float, shard_tokens: in
 @contextlib.contextmanager
 def locked(out: Path):
     """Lets only one process at a time write to `out`. If that fails before the first token is
-    written, nothing of it stays.
-
-    Raises FileExistsError and BlockingIOError.
-    """
+    written, nothing of it stays. Raises FileExistsError and BlockingIOError."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; name another place with --out")
     new_folders = [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
@@ -233,10 +225,8 @@ def mix(sources: list[Source], train: Split, val: Split, opt, bar):
 
 
 def build(out: Path, specs: list[tuple], opt) -> dict:
-    """Write or continue the dataset directory `out`. Returns its meta.json.
-
-    Raises OSError and ValueError, each with one line. What the manifest counts is never lost.
-    """
+    """Write or continue the dataset directory `out`. Returns its meta.json. Raises OSError and
+    ValueError, each with one line. What the manifest counts is never lost."""
     with locked(out):  # first of all: without it, another process may change what is read here
         if (out / "meta.json").exists():
             raise FileExistsError(f"{out} is finished; remove it, or name another place with --out")
@@ -353,18 +343,16 @@ def count(text: str) -> int:
 
 
 def parse_spec(text: str, on_hub: bool) -> tuple[str, float | None, bool]:
-    """NAME or NAME=WEIGHT. Raises ValueError."""
+    """(name, weight, on_hub) of NAME or NAME=WEIGHT. Ends the program for an impossible weight."""
     name, equals, weight = text.rpartition("=")
     if not equals or Path(text).exists():
         return text, None, on_hub
     if not name:
-        raise ValueError(f"{text}: there is no name before the weight")
-    try:
+        fail(f"{text}: there is no name before the weight")
+    with contextlib.suppress(ValueError):
         if 0 < float(weight) < math.inf:
             return name, float(weight), on_hub
-    except ValueError:
-        pass
-    raise ValueError(f"{text}: the weight {weight!r} is no positive number")
+    fail(f"{text}: the weight {weight!r} is no positive number")
 
 
 @dataclass
@@ -399,11 +387,8 @@ class Options:
 @command
 def main(argv=None):
     opt = parse(Options, __doc__, argv)
-    try:
-        specs = [parse_spec(text, False) for text in opt.text or []]
-        specs += [parse_spec(name, True) for name in opt.hub or []]
-    except ValueError as error:
-        fail(str(error))
+    specs = [parse_spec(text, False) for text in opt.text or []]
+    specs += [parse_spec(name, True) for name in opt.hub or []]
     if not specs:
         fail("name what to read, with --text or --hub")
     if opt.endings and not opt.text:

@@ -31,9 +31,7 @@ MAGIC, VERSION, HEADER = 20240520, 1, 256  # llm.c's; HEADER counts int32
 
 class Dataset:
     """One split of a dataset, in windows of seq_len + 1 tokens: inputs and their next tokens.
-
-    Raises FileNotFoundError without shards, ValueError for a damaged file or too little text.
-    """
+    Raises FileNotFoundError without shards, ValueError for a damaged file or too little text."""
 
     def __init__(self, directory, split: str, seq_len: int, seed: int = 0):
         self.directory, self.split, self.seq_len, self.seed = Path(directory), split, seq_len, seed

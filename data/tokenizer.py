@@ -6,6 +6,7 @@
     separator(encoding)                   the token before every document
     split_documents(text)                 what lies between lines that read <|endoftext|>
     encode_document(encoding, document)   separator and tokens, as they lie in a dataset
+    json_from_encoding(encoding)          as the tokenizer.json that Hugging Face's libraries read
 
 An encoding is a tiktoken.Encoding or, for a Hugging Face model's tokenizer.json, a JsonTokenizer.
 Both also have .name and .n_vocab, which is the largest id + 1.
@@ -31,18 +32,16 @@ from nanoosp.files import read_text, require
 # What ends a document for GPT-2, Llama 3, Llama 2, Gemma and DeepSeek
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>",
               "<\uff5cend\u2581of\u2581sentence\uff5c>")
-# "bytes" in a tokenizer.json, as tools/tokenizer_json.py writes it
+# "bytes" in a tokenizer.json
 BYTE_WORDS = {f"<0x{byte:02X}>": byte for byte in range(256) if byte not in (0, 32)} | {
     "<|endoftext|>": 0, "\u2581": 32}
 
 
 def tokenizer(name: str):
     """The encoding called `name`: "bytes" (256 ids, no download), one that tiktoken knows, such as
-    "r50k_base" (GPT-2's), or the path of a tokenizer.json or of a directory that holds one.
-
-    Raises ValueError for an unknown name, one that cannot be fetched, or a file that cannot be
-    used, and ImportError if a file needs a package that is missing.
-    """
+    "r50k_base" (GPT-2's), or the path of a tokenizer.json or of a directory that holds one. Raises
+    ValueError for an unknown name, one that cannot be fetched, or a file that cannot be used, and
+    ImportError if a file needs a package that is missing."""
     if name == "bytes":  # without merges; the pattern only keeps the pieces short
         ranks = {bytes([i]): i for i in range(256)}
         return tiktoken.Encoding(
@@ -52,15 +51,17 @@ def tokenizer(name: str):
         if not Path(name).exists():
             raise ValueError(f"unknown tokenizer {name!r}: use one of bytes, {', '.join(names)}, "
                              f"or the path of a {TOKENIZER_JSON}")
-        return tokenizer_from_json(read_tokenizer_json(name), name)
+        path = Path(name) / TOKENIZER_JSON if Path(name).is_dir() else Path(name)
+        try:
+            return tokenizer_from_json(read_text(path), name)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror})") from error
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # it downloads its table on first use, with many kinds of errors
-        raise ValueError(
-            f"tokenizer {name!r} could not be fetched ({type(error).__name__}); set "
-            "TIKTOKEN_CACHE_DIR to a folder where tiktoken has stored it before, or, for new data, "
-            "use --tokenizer bytes"
-        ) from error
+        raise ValueError(f"tokenizer {name!r} could not be fetched ({type(error).__name__}); set "
+                         "TIKTOKEN_CACHE_DIR to a folder where tiktoken has stored it before, or, "
+                         "for new data, use --tokenizer bytes") from error
 
 
 def tokenizer_for_shards(name: str):
@@ -91,15 +92,6 @@ def tokenizer_from_json(text: str, source=TOKENIZER_JSON):
     encoding = JsonTokenizer(text, source)
     is_bytes = encoding.inner.get_vocab(with_added_tokens=True) == BYTE_WORDS
     return tokenizer("bytes") if is_bytes else encoding
-
-
-def read_tokenizer_json(path) -> str:
-    """The text of a tokenizer.json, or of the one in a directory. Raises ValueError."""
-    path = Path(path) / TOKENIZER_JSON if Path(path).is_dir() else Path(path)
-    try:
-        return read_text(path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def encode(encoding, text: str) -> np.ndarray:
@@ -181,11 +173,9 @@ def without_token(encoding, n: int) -> list[int]:
 
 class JsonTokenizer:
     """The tokenizer in a tokenizer.json, by Hugging Face's library `tokenizers`. It never makes a
-    special token from text, cuts or pads nothing, and gives a text the same ids every time.
-
-    Raises ValueError, with one line that begins with `source`, for a file that cannot be used, and
-    ImportError without the library.
-    """
+    special token from text, cuts or pads nothing, and gives a text the same ids every time. Raises
+    ValueError, with one line that begins with `source`, for a file that cannot be used, and
+    ImportError without the library."""
 
     name = TOKENIZER_JSON
 
@@ -260,3 +250,69 @@ def rust_errors(message: str):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{message}: {reason}") from error
+
+
+# The other way: an encoding of tiktoken as a tokenizer.json
+
+
+def json_from_encoding(encoding: tiktoken.Encoding) -> str:
+    """A tokenizer.json with the ids of "bytes" or of GPT-2. Raises ValueError for other ones.
+
+    Byte-level BPE cuts a text into pieces, and merges neighbours within a piece until no merge is
+    left. A tokenizer.json lists the merges. tiktoken has none: it merges whatever makes a token,
+    the lowest id first. So the merge that makes each token has to be found again from the ids.
+    """
+    from tokenizers import Tokenizer, decoders, models
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    if encoding.name == "bytes":
+        return json_of_bytes()
+    if encoding.name not in ("gpt2", "r50k_base"):  # the others cut text differently
+        raise ValueError(f"tokenizer {encoding.name!r} cannot be written as a tokenizer.json: only "
+                         "bytes and r50k_base can")
+    ids = {token: encoding.encode_single_token(token) for token in encoding.token_byte_values()}
+    special = {word: encoding.encode_single_token(word) for word in encoding.special_tokens_set}
+    alphabet = sorted(ByteLevel.alphabet())  # a letter for each byte: its own if it can be printed
+    order = sorted(range(256), key=lambda byte: chr(byte) not in alphabet)
+    letters = dict(zip(order, alphabet))
+
+    def spell(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    merged = sorted((token for token in ids if len(token) > 1), key=ids.get)
+    merges = [tuple(map(spell, halves(token, ids))) for token in merged]
+    vocab = {spell(token): i for token, i in ids.items()} | special
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)  # cuts a text as GPT-2 does
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(special))
+    return tokenizer.to_str()
+
+
+def json_of_bytes() -> str:
+    """The tokenizer.json of "bytes": every character falls back to its bytes, <0x01> to <0xFF>.
+
+    This is what is left of a sentencepiece vocabulary without words: llama.cpp and other readers of
+    LLaMAs know that form, and no other one that has single bytes only. The byte 0, which stands
+    between documents, is a special token. A space is spelled as a lower block, U+2581: llama.cpp
+    turns spaces into that before it looks for tokens, and back. So a lower block in a text becomes
+    a space. (Not where this project reads it: see tokenizer_from_json.)
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    tokenizer = Tokenizer(models.BPE(BYTE_WORDS, [], byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    blanks = decoders.Replace("\u2581", " ")
+    tokenizer.decoder = decoders.Sequence([blanks, decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    return tokenizer.to_str()
+
+
+def halves(token: bytes, ids: dict[bytes, int]) -> list[bytes]:
+    """The two parts that are merged into `token`: what all merges before its own make of it."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        found = [ids.get(a + b, len(ids)) for a, b in pairwise(parts)]
+        i = found.index(min(found))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts

@@ -115,10 +115,8 @@ def save_archive(content: dict, path: Path):
 
 
 def read_archive(path: Path):
-    """The contents of a torch file. Nothing in it is executed.
-
-    Raises FileNotFoundError, and ValueError for a file that is damaged or holds anything but data.
-    """
+    """The contents of a torch file. Nothing in it is executed. Raises FileNotFoundError, and ValueError for a file that
+    is damaged or holds anything but data."""
     import torch
 
     path = Path(path)

@@ -15,13 +15,12 @@ import torch.nn as nn
 from conftest import train_osp
 
 from data import benchmarks as data
-from data.tokenizer import JsonTokenizer, tokenizer, without_token
+from data.tokenizer import JsonTokenizer, json_from_encoding, tokenizer, without_token
 from model import Config, Transformer
 from quantize import Recipe, quantize
 from tools import evaluate
 from tools.loading import load
 from tools.report import describe_tasks, tasks_table
-from tools.tokenizer_json import json_from_encoding
 from tools.tasks import (
     Task,
     encode_pair,

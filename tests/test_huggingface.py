@@ -13,13 +13,13 @@ import torch
 import quantize as Q
 import train
 from data.prepare import prepare
-from data.tokenizer import encode, separator, tokenizer, tokenizer_of, without_token
+from data.tokenizer import (encode, halves, json_from_encoding, separator, tokenizer, tokenizer_of,
+                            without_token)
 from eval import generate
 from nanoosp.checkpoint import load_checkpoint
 from tools import evaluate, export
 from tools.huggingface import load_llama, save_llama
 from tools.loading import load
-from tools.tokenizer_json import halves, json_from_encoding
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

@@ -19,10 +19,9 @@ from pathlib import Path
 import torch
 
 from data.dataset import TOKENIZER_JSON
-from data.tokenizer import JsonTokenizer, beginning, separator, tokenizer_of
+from data.tokenizer import JsonTokenizer, beginning, json_from_encoding, separator, tokenizer_of
 from model import Config, Transformer
 from nanoosp.files import as_json, read_log, read_text, require, whole, write_text
-from tools.tokenizer_json import json_from_encoding
 
 PURPOSE = "a Hugging Face directory"
 SEQ_LEN = 2048  # to measure on, where a model from elsewhere can read longer texts
@@ -85,21 +84,16 @@ def is_llama(path: Path) -> bool:
 
 def load_llama(directory, device="cpu"):
     """(model, options, data) of a Hugging Face directory. The latter two are as in a checkpoint of
-    train.py, as far as they can be known: tokenizer_of(data) is the model's tokenizer.
-
-    Raises FileNotFoundError and ValueError for a directory that cannot be used, and ImportError
-    without transformers.
-    """
+    train.py, as far as they can be known: tokenizer_of(data) is the model's tokenizer. Raises
+    FileNotFoundError and ValueError for a directory that cannot be used, and ImportError without
+    transformers."""
     directory = Path(directory)
     theirs, config = read_config(directory / "config.json")
     model = load_weights(config, directory).to(device)
     if not (directory / TOKENIZER_JSON).is_file():
         raise FileNotFoundError(f"{directory} has no {TOKENIZER_JSON}, so its tokenizer is unknown")
     data = {"tokenizer": TOKENIZER_JSON, "tokenizer_json": read_text(directory / TOKENIZER_JSON)}
-    try:
-        encoding = JsonTokenizer(data["tokenizer_json"])
-    except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from error
+    encoding = JsonTokenizer(data["tokenizer_json"], directory / TOKENIZER_JSON)
     if encoding.n_vocab > config.vocab_size:
         raise ValueError(f"{directory}: the tokenizer has {encoding.n_vocab:,} ids, but the model "
                          f"has only {config.vocab_size:,}")
@@ -284,10 +278,9 @@ def tokenizer_config(encoding, options: dict, end_ids: list) -> str:
     """tokenizer_config.json, which AutoTokenizer needs: the one that came with the model, or ours.
     Where no token is named to pad batches with, the end of text becomes that."""
     files = options.get("hf_files", {})
-    words, text = json.loads(files.get("special_tokens_map.json", "{}")), None
+    words = json.loads(files.get("special_tokens_map.json", "{}"))
     if "tokenizer_config.json" in files:
-        text = files["tokenizer_config.json"]
-        config = json.loads(text)
+        config = json.loads(files["tokenizer_config.json"])
     else:
         config = {"tokenizer_class": "PreTrainedTokenizerFast",
                   "clean_up_tokenization_spaces": False, "model_max_length": own_length(options),
@@ -304,7 +297,7 @@ def tokenizer_config(encoding, options: dict, end_ids: list) -> str:
     end = config.get("eos_token") or words.get("eos_token")
     if end and not (config.get("pad_token") or words.get("pad_token")):
         return as_json(config | {"pad_token": end})
-    return text or as_json(config)
+    return files.get("tokenizer_config.json") or as_json(config)
 
 
 CARD = """---

@@ -74,7 +74,7 @@ class Loaded:
         data that has taken its place."""
         if "data" not in self.options:
             raise ValueError(f"{self.path} is a Hugging Face model, which brings no text: name one "
-                             "with --text FILE")
+                             "with --text FILE, or one to calibrate on with --calib FILE")
         directory = find_dataset(self.options["data"])
         data = Dataset(directory, split, self.seq_len, self.options["seed"])
         check_data(self.data, data)
@@ -112,19 +112,14 @@ class Loaded:
         if file is not None:
             blocks = self.text_blocks(file, self.seq_len + 1)
             return torch.from_numpy(blocks.windows(blocks.evaluation_windows(n)))
-        if "data" not in self.options:
-            raise ValueError(f"{recipe.method} needs text to calibrate on, and {self.path} has "
-                             "none: use --calib FILE")
         data = self.dataset("train")
         return torch.from_numpy(data.batch(0, min(n, data.n_windows)))
 
 
 def load(path, device: str = "cpu", int4: bool = False) -> Loaded:
-    """A run directory, a checkpoint, a Hugging Face LLaMA directory or a four-bit file.
-
-    int4: the weights of a four-bit file stay packed, which only CUDA can compute with.
-    Raises FileNotFoundError, and ValueError for a file that is damaged or not one of ours.
-    """
+    """A run directory, a checkpoint, a Hugging Face LLaMA directory or a four-bit file. int4: the
+    weights of a four-bit file stay packed, which only CUDA can compute with. Raises
+    FileNotFoundError, and ValueError for a file that is damaged or not one of ours."""
     path, step = Path(path), None
     if is_llama(path):
         model, options, data = load_llama(path, device)
@@ -152,20 +147,17 @@ def check_known(options: dict, data: dict, path):
     if missing:
         raise ValueError(f"{path} does not say {', '.join(missing)}: train.py or quantize.py would "
                          "have")
+    kinds = dict(seq_len=int, data=str, seed=int, hf_config=dict, hf_files=dict, end_ids=list)
     possible = (
-        isinstance(options.get("hf_config", {}), dict)
+        all(type(options[name]) is kind for name, kind in kinds.items() if name in options)
         and all(type(n) is int and n > 0 for n in (options["seq_len"], own_length(options)))
         and options.get("optimizer", "adam") in OPTIMIZERS
-        and isinstance(options.get("data", ""), str) and type(options.get("seed", 0)) is int
-        and isinstance(data["tokenizer"], str)
-        and isinstance(options.get("end_ids", []), list)
         and all(type(i) is int for i in options.get("end_ids", []))
-        and isinstance(options.get("hf_files", {}), dict)
         and all(str(PurePath(name).parent) in (".", "additional_chat_templates")  # nowhere else
-                and isinstance(text, str) for name, text in options.get("hf_files", {}).items())
+                and type(text) is str for name, text in options.get("hf_files", {}).items())
+        and type(data["tokenizer"]) is str
+        and (data["tokenizer"] != TOKENIZER_JSON or type(data.get("tokenizer_json")) is str)
     )
-    if data["tokenizer"] == TOKENIZER_JSON:
-        possible = possible and isinstance(data.get("tokenizer_json"), str)
     if not possible:
         raise ValueError(f"{path} says impossible things of its training or its tokenizer: it is "
                          "damaged")

@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 from data.tokenizer import beginning, encode_whole, separator, without_token
 from model import hooked
+from nanoosp.files import decoded
 
-# --------------------------------------------------------------------------------------------------
 # Scores
 
 
@@ -159,7 +159,6 @@ def bare(text: str) -> str:
     return text.strip().lower().translate(str.maketrans("", "", string.punctuation))
 
 
-# --------------------------------------------------------------------------------------------------
 # Likelihood
 
 
@@ -240,7 +239,6 @@ def batches(lengths: list[int], budget: int, equal=False) -> list[list[int]]:
     return found
 
 
-# --------------------------------------------------------------------------------------------------
 # Generation
 
 
@@ -284,7 +282,6 @@ def finished_text(encoding, ids: list[int], stop: list[str], end_ids) -> tuple[s
     return text, n < len(ids) or text != whole
 
 
-# --------------------------------------------------------------------------------------------------
 # Prompts
 
 
@@ -317,7 +314,6 @@ def solved(question: dict) -> str:
     return question["context"] + question.get("target", " " + question["answers"][0])
 
 
-# --------------------------------------------------------------------------------------------------
 # Task files
 
 
@@ -352,8 +348,8 @@ def read_lines(path: Path) -> tuple[dict, list[dict]]:
     settings, questions = {}, []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         try:
-            line = line.strip()
-            record = json.loads(line or b"{}")
+            line = decoded(line).strip()
+            record = json.loads(line or "{}")
             if not isinstance(record, dict):
                 raise ValueError("not a JSON object")
             if number == 1 and "type" not in record:
@@ -364,8 +360,6 @@ def read_lines(path: Path) -> tuple[dict, list[dict]]:
                 questions.append(record)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not UTF-8 text") from error
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
     if not questions:
