@@ -15,7 +15,7 @@ Deviations: SSNorm divides by the root mean square, as the released JAX code doe
 by the 2-norm. The two are the same function with gain = gamma / sqrt(D), and ours starts at a
 gain of 1, which gives unit RMS. No layer has a bias, as in the published checkpoints.
 
-Read it top to bottom: norms, EmbProj, RoPE, attention, FFN, block, Config, Transformer.
+Read it top to bottom: Config, norms, EmbProj, RoPE, attention, FFN, block, Transformer.
 """
 
 import math
@@ -30,6 +30,40 @@ from torch.utils.checkpoint import checkpoint
 # A Point is a named place in the network that does nothing by itself. quantize.py and eval.py
 # attach hooks to Points, to round the values that pass or to measure them.
 Point = nn.Identity
+
+
+@dataclass
+class Config:
+    """The shape of a model. 0 means a default. Raises ValueError if the numbers do not fit."""
+
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128  # D
+    vocab_size: int = 256  # V
+    norm: str = "rms"  # "rms": one gain per channel. "ss": SSNorm, a single gain
+    embproj: bool = False  # EmbProj on both sides
+    n_kv_head: int = 0  # 0: n_head
+    head_dim: int = 0  # 0: n_embd / n_head
+    n_ffn: int = 0  # 0: 8/3 D rounded up to 128s, as many parameters as an ungated FFN of 4 D
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False  # one matrix for embedding and head; OSP never does this
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        for name in "n_layer n_head n_kv_head n_embd vocab_size rope_theta norm_eps".split():
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a positive number, not {getattr(self, name)}")
+        if self.norm not in ("rms", "ss"):
+            raise ValueError(f"norm must be 'rms' or 'ss', not {self.norm!r}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd, but RoPE rotates pairs of channels")
+        self.n_ffn = self.n_ffn or math.ceil(8 * self.n_embd / (3 * 128)) * 128
 
 
 class RMSNorm(nn.Module):
@@ -68,10 +102,10 @@ class EmbProj(nn.Linear):
         super().__init__(dim, dim, bias=False)
 
 
-def rope_tables(n_tokens: int, head_dim: int, theta: float, device, first: int = 0):
-    """cos and sin of position * theta^(-2i/d), each [T, d/2] in fp32; positions from `first` on."""
+def rope_tables(n_tokens: int, head_dim: int, theta: float, device, past: int = 0):
+    """cos and sin of position * theta^(-2i/d), each [T, d/2] in fp32, after `past` tokens."""
     channels = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
-    positions = torch.arange(first, first + n_tokens, device=device, dtype=torch.float32)
+    positions = torch.arange(past, past + n_tokens, device=device, dtype=torch.float32)
     angles = torch.outer(positions, theta ** (-channels / head_dim))
     return angles.cos(), angles.sin()
 
@@ -85,16 +119,20 @@ def apply_rope(x, cos, sin):
 class Attention(nn.Module):
     """Causal self-attention. With n_kv_head < n_head, Q heads share K and V heads (GQA)."""
 
-    def __init__(self, config: "Config"):
+    def __init__(self, config: Config):
         super().__init__()
-        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.n_head = config.n_head
+        self.n_kv_head = config.n_kv_head
         self.head_dim = config.head_dim
         self.q_proj = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
-        self.at_input, self.at_output = Point(), Point()
-        self.at_q, self.at_k, self.at_v = Point(), Point(), Point()
+        self.at_input = Point()
+        self.at_q = Point()
+        self.at_k = Point()
+        self.at_v = Point()
+        self.at_output = Point()
 
     def forward(self, x, cos, sin, cache=None):
         B, T, _ = x.shape
@@ -102,13 +140,15 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # [B, H, T, d]
         k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
-        q, k = self.at_q(apply_rope(q, cos, sin)), self.at_k(apply_rope(k, cos, sin))
+        q = self.at_q(apply_rope(q, cos, sin))
+        k = self.at_k(apply_rope(k, cos, sin))
         v = self.at_v(v)
         if cache is not None:  # generating: a list, empty at first, then K and V of all past tokens
             if cache:
                 assert T == 1, "after the prompt, one token at a time: is_causal assumes no past"
-                k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
-            cache[:] = k, v
+                k = torch.cat([cache[0], k], dim=2)
+                v = torch.cat([cache[1], v], dim=2)
+            cache[:] = [k, v]
         if self.n_kv_head < self.n_head:  # [B, H_kv, T, d] -> [B, H, T, d]
             k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # a lone new token sees all
@@ -119,12 +159,13 @@ class Attention(nn.Module):
 class FFN(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)). Outliers survive in its hidden state, even under OSP."""
 
-    def __init__(self, config: "Config"):
+    def __init__(self, config: Config):
         super().__init__()
         self.gate_proj = nn.Linear(config.n_embd, config.n_ffn, bias=False)
         self.up_proj = nn.Linear(config.n_embd, config.n_ffn, bias=False)
         self.down_proj = nn.Linear(config.n_ffn, config.n_embd, bias=False)
-        self.at_input, self.at_hidden = Point(), Point()
+        self.at_input = Point()
+        self.at_hidden = Point()
 
     def forward(self, x):
         x = self.at_input(x)
@@ -134,50 +175,17 @@ class FFN(nn.Module):
 class Block(nn.Module):
     """One layer. Each half reads a normed copy of the residual stream and adds its result to it."""
 
-    def __init__(self, config: "Config"):
+    def __init__(self, config: Config):
         super().__init__()
         Norm = SSNorm if config.norm == "ss" else RMSNorm
-        self.attn_norm, self.attn = Norm(config.n_embd, config.norm_eps), Attention(config)
-        self.ffn_norm, self.ffn = Norm(config.n_embd, config.norm_eps), FFN(config)
+        self.attn_norm = Norm(config.n_embd, config.norm_eps)
+        self.attn = Attention(config)
+        self.ffn_norm = Norm(config.n_embd, config.norm_eps)
+        self.ffn = FFN(config)
 
     def forward(self, x, cos, sin, cache=None):
         x = x + self.attn(self.attn_norm(x), cos, sin, cache)
         return x + self.ffn(self.ffn_norm(x))
-
-
-@dataclass
-class Config:
-    """The shape of a model. 0 means a default. Raises ValueError if the numbers do not fit."""
-
-    n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 128  # D
-    vocab_size: int = 256  # V
-    norm: str = "rms"  # "rms": one gain per channel. "ss": SSNorm, a single gain
-    embproj: bool = False  # EmbProj on both sides
-    n_kv_head: int = 0  # 0: n_head
-    head_dim: int = 0  # 0: n_embd / n_head
-    n_ffn: int = 0  # 0: 8/3 D rounded up to 128s, as many parameters as an ungated FFN of 4 D
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-6
-    tie_embeddings: bool = False  # one matrix for embedding and head; OSP never does this
-
-    def __post_init__(self):
-        self.n_kv_head = self.n_kv_head or self.n_head
-        numbers = "n_layer n_head n_kv_head n_embd vocab_size rope_theta norm_eps"
-        for name in numbers.split():
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a positive number, not {getattr(self, name)}")
-        if self.norm not in ("rms", "ss"):
-            raise ValueError(f"norm must be 'rms' or 'ss', not {self.norm!r}")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
-        if not self.head_dim and self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        self.head_dim = self.head_dim or self.n_embd // self.n_head
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd, but RoPE rotates pairs of channels")
-        self.n_ffn = self.n_ffn or math.ceil(8 * self.n_embd / (3 * 128)) * 128
 
 
 class Transformer(nn.Module):
@@ -218,10 +226,11 @@ class Transformer(nn.Module):
         To generate, pass a `cache` from new_cache(): first with the whole prompt, then with one
         new token at a time.
         """
-        T, device, c = tokens.shape[1], tokens.device, self.config
+        c = self.config
+        device = tokens.device
         past = cache[0][0].shape[2] if cache and cache[0] else 0  # tokens seen before
         with torch.autocast(device.type, torch.bfloat16, self.compute_dtype == torch.bfloat16):
-            cos, sin = rope_tables(T, c.head_dim, c.rope_theta, device, past)
+            cos, sin = rope_tables(tokens.shape[1], c.head_dim, c.rope_theta, device, past)
             x = self.at_embed(self.embproj_in(self.embed(tokens)))  # [B, T, D]
             for i, block in enumerate(self.blocks):
                 if self.recompute and torch.is_grad_enabled():
@@ -231,8 +240,8 @@ class Transformer(nn.Module):
             return self.output(x, targets)
 
     def output(self, x, targets=None):
-        """The last part of forward(), from the residual stream [B, T, D] on. train.py compiles it
-        on its own, so that the fp32 logits, gigabytes, are never written to memory."""
+        """The last part of forward(), from the residual stream [B, T, D] on. Separate, so that it
+        can be compiled with the loss: fp32 logits (gigabytes) then never reach memory."""
         logits = self.head(self.at_head(self.embproj_out(self.norm(x)))).float()  # [B, T, V]
         if targets is None:
             return logits
@@ -251,11 +260,12 @@ class Transformer(nn.Module):
             if isinstance(module, SSNorm):
                 weights[f"{name}.gain"] = module.gain.expand(self.config.n_embd).clone()
         if self.config.embproj:
-            p_in, p_out = weights.pop("embproj_in.weight"), weights.pop("embproj_out.weight")
-            embed, head = weights["embed.weight"], weights["head.weight"]  # each [V, D]
-            # in fp64, rounded once
-            weights["embed.weight"] = (embed.double() @ p_in.double().mT).to(embed.dtype)
-            weights["head.weight"] = (head.double() @ p_out.double()).to(head.dtype)
+            p_in = weights.pop("embproj_in.weight").double()  # in fp64, rounded once
+            p_out = weights.pop("embproj_out.weight").double()
+            embed = weights["embed.weight"]  # [V, D]
+            head = weights["head.weight"]  # [V, D]
+            weights["embed.weight"] = (embed.double() @ p_in.mT).to(embed.dtype)
+            weights["head.weight"] = (head.double() @ p_out).to(head.dtype)
         config = replace(self.config, norm="rms", embproj=False, tie_embeddings=False)
         plain = Transformer.from_weights(config, weights).train(self.training)
         plain.compute_dtype = self.compute_dtype
