@@ -1,6 +1,6 @@
 """Runs train.py in child processes, alone or as several ranks, without paying for `import torch` each time.
 
-A fork server imports train.py once; each child is forked from it within milliseconds.
+A fork server imports once what the children need; each child is forked from it within milliseconds.
 """
 
 import contextlib
@@ -10,7 +10,8 @@ import socket
 import sys
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["train", "torch._dynamo"])  # hooks need the latter
+# pytest: each child imports the program that started it. torch._dynamo: hooks need it
+context.set_forkserver_preload(["pytest", "train", "quantize", "tools.ablation", "torch._dynamo"])
 
 
 def _child(argv, environment, output):
@@ -19,12 +20,8 @@ def _child(argv, environment, output):
         import torch
 
         torch.set_num_threads(1)
-        try:
+        with _exit_code():
             train_py([str(a) for a in argv])
-        except SystemExit as error:
-            if isinstance(error.code, str):
-                print(error.code, file=sys.stderr)
-            raise SystemExit(1 if isinstance(error.code, str) else error.code) from None
 
 
 def train_py(argv):
@@ -67,3 +64,40 @@ def finish(processes, tmp_path, timeout=60):
 
 def run(argv, tmp_path, world=1):
     return finish(start(argv, tmp_path, world), tmp_path)
+
+
+def run_side_by_side(jobs, tmp_path):
+    """run() for each (argv, world) at once; a list of what each returns."""
+    folders = [tmp_path / f"output-{i}" for i in range(len(jobs))]
+    for folder in folders:
+        folder.mkdir()
+    started = [start(argv, folder, world) for (argv, world), folder in zip(jobs, folders)]
+    return [finish(processes, folder) for processes, folder in zip(started, folders)]
+
+
+def fork(function, *arguments, output):
+    """function(*arguments) in a child whose stdout and stderr, also what is written past Python, go to the file `output`.
+    Returns the exit code."""
+    process = context.Process(target=_redirected, args=(function, arguments, output))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _redirected(function, arguments, output):
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    with _exit_code():
+        function(*arguments)
+
+
+@contextlib.contextmanager
+def _exit_code():
+    """sys.exit("message") prints and becomes a 1, which multiprocessing would not do."""
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        raise SystemExit(1 if isinstance(error.code, str) else error.code) from None

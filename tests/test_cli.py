@@ -3,13 +3,16 @@
 import ast
 import dataclasses
 import math
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
+from launch import fork
 from test_structure import ROOT, modules
 
 import eval as evaluation
@@ -18,6 +21,7 @@ import train
 from data import benchmarks, corpus, prepare
 from nanoosp import files
 from nanoosp.options import build_parser, flag, parse
+from nanoosp.signals import StopSignal
 from results.ffn_hidden import trace
 from results.tables import PAGES
 from tools import evaluate, export
@@ -68,14 +72,12 @@ def test_help_and_mistakes_are_answered_from_any_directory_before_torch_is_impor
                            *packages, *["torch"] * (script not in SLOW))
     before = {path: path.stat().st_mtime_ns for path in (*FILES, *PAGES)}
 
-    def run(option):
-        return subprocess.run([sys.executable, ROOT / script, option], capture_output=True,
-                              text=True, env=environment, cwd=tmp_path)
-
-    done = run("--help")
-    assert done.returncode == 0 and done.stdout.startswith("usage") and not done.stderr
-    done = run("--no-such-option")
-    assert done.returncode == 2 and re.fullmatch("error: .*\n", done.stderr) and not done.stdout
+    processes = [subprocess.Popen([sys.executable, ROOT / script, option], stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path)
+                 for option in ("--help", "--no-such-option")]  # side by side
+    (help_text, nothing), (silence, error) = (process.communicate() for process in processes)
+    assert processes[0].returncode == 0 and help_text.startswith("usage") and not nothing
+    assert processes[1].returncode == 2 and re.fullmatch("error: .*\n", error) and not silence
     assert {path: path.stat().st_mtime_ns for path in before} == before  # tables.py writes pages
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".py"]
 
@@ -111,23 +113,25 @@ def test_ctrl_c_while_torch_is_imported_ends_with_one_line(script, tmp_path):
     assert (process.returncode, out, err) == (130, "", "interrupted\n")
 
 
-def test_a_second_ctrl_c_ends_a_run_where_an_exception_would_get_lost():
+def press_ctrl_c_twice():
     """torch.compile runs callbacks of weak references, from which Python prints exceptions and goes on."""
-    script = """
-import os, signal, weakref
-from nanoosp.signals import StopSignal
-stop = StopSignal()
-os.kill(os.getpid(), signal.SIGINT)
-assert stop.received == signal.SIGINT  # the first
-stop.when -= 3  # seconds ago
-class Kernel: pass
-kernel = Kernel()
-callback = weakref.ref(kernel, lambda _: os.kill(os.getpid(), signal.SIGINT))
-del kernel
-print("went on")
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+    stop = StopSignal()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.received == signal.SIGINT  # the first
+    stop.when -= 3  # seconds ago
+
+    class Kernel:
+        pass
+
+    kernel = Kernel()
+    callback = weakref.ref(kernel, lambda _: os.kill(os.getpid(), signal.SIGINT))
+    del kernel
+    print("went on", callback)
+
+
+def test_a_second_ctrl_c_ends_a_run_where_an_exception_would_get_lost(tmp_path):
+    code = fork(press_ctrl_c_twice, output=tmp_path / "output.txt")
+    assert (code, (tmp_path / "output.txt").read_text()) == (130, "interrupted\n")
 
 
 @pytest.mark.parametrize("script, argv", [("train.py", []), ("eval.py", ["x"]),

@@ -5,19 +5,21 @@ import json
 import os
 import pickle
 import re
+import resource
+import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import read_log
-from launch import train_py
+from launch import fork, train_py
 
 import train
 from data.prepare import prepare
 from data.dataset import Dataset, write_shard
+from nanoosp import run
 from nanoosp.checkpoint import load_checkpoint
 from tools import evaluate, export
 
@@ -164,7 +166,7 @@ def test_resume_on_other_raw_shards(fails, small_run, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         for split in ("train", "val"):
-            np.full(1000, ord(name), np.uint16).tofile(tmp_path / name / f"{split}.bin")
+            np.full(300, ord(name), np.uint16).tofile(tmp_path / name / f"{split}.bin")
     train.main([*small_run[:-1], str(tmp_path / "a"), "--steps", "2", "--out", str(tmp_path / "r")])
     fails(["--resume", tmp_path / "r", "--steps", "4", "--data", tmp_path / "b"], 1, "other data")
 
@@ -217,24 +219,25 @@ def test_corrupt_foreign_and_malicious_checkpoints(fails, finished, tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_full_disk_while_saving_keeps_the_old_checkpoint(small_run, tmp_path):
+def train_until_the_disk_is_full(argv):
     """The limit on file size makes the kernel refuse the write half-way, as a full disk does."""
-    script = f"""
-import sys; sys.path.insert(0, {str(TRAIN.parent)!r})
-import resource, signal, train
-from nanoosp import run
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-save = run.save_archive
-def save_to_a_full_disk(state, path):
-    if state["step"] == 6:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
-    save(state, path)
-run.save_archive = save_to_a_full_disk
-train.main({[*small_run, "--steps", "9", "--save-every", "3", "--out", str(tmp_path / "r")]!r})
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: could not write") and "Traceback" not in done.stderr
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    save = run.save_archive
+
+    def save_to_a_full_disk(state, path):
+        if state["step"] == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+        save(state, path)
+
+    run.save_archive = save_to_a_full_disk
+    train.main(argv)
+
+
+def test_a_full_disk_while_saving_keeps_the_old_checkpoint(small_run, tmp_path):
+    argv = [*small_run, "--steps", "9", "--save-every", "3", "--out", str(tmp_path / "r")]
+    assert fork(train_until_the_disk_is_full, argv, output=tmp_path / "output.txt") == 1
+    output = (tmp_path / "output.txt").read_text()
+    assert output.strip().splitlines()[-1].startswith("error: could not write") and "Traceback" not in output
     assert load_checkpoint(tmp_path / "r")["step"] == 3
     assert {p.name for p in (tmp_path / "r").iterdir()} == {"ckpt.pt", "log.jsonl", "config.json"}
 

@@ -72,7 +72,7 @@ def test_a_run_on_gpt2_tokens_needs_no_network(tmp_path, monkeypatch, capsys):
     (tmp_path / "d").mkdir()
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
-        rng.integers(50257, size=3000).astype(np.uint16).tofile(tmp_path / f"d/{split}.bin")
+        rng.integers(50257, size=500).astype(np.uint16).tofile(tmp_path / f"d/{split}.bin")
     shape = "--preset tiny --n-layer 1 --n-head 2 --n-embd 32 --seq-len 16 --batch-size 8"
     run, four = str(tmp_path / "r"), str(tmp_path / "four.pt")
     train.main([*shape.split(), "--device", "cpu", "--steps", "2", "--data", str(tmp_path / "d"),

@@ -108,9 +108,9 @@ def is_name(node) -> bool:
 
 def import_graph(root=ROOT) -> dict[str, set[str]]:
     """What each module imports. A module with a program in it is two nodes: nothing imports the program."""
-    graph = {}
-    for name, path in modules(root).items():
-        found = Imports(name, path, modules(root).keys())
+    graph, known = {}, modules(root)
+    for name, path in known.items():
+        found = Imports(name, path, known.keys())
         graph[name] = found.of_module
         if found.of_program:
             graph[f"{name}.py (program)"] = found.of_module | found.of_program
@@ -124,15 +124,21 @@ def circle(graph) -> list[str]:
     def search(name, path):
         if name in path:
             return [*path[path.index(name):], name]
-        found = [] if name in done else next(filter(None, (search(other, [*path, name]) for other in sorted(graph[name]))), [])
+        if name in done:
+            return []
         done.add(name)
-        return found
+        return next(filter(None, (search(other, [*path, name]) for other in sorted(graph[name]))), [])
 
     return next(filter(None, (search(name, []) for name in sorted(graph))), [])
 
 
-def test_imports_go_one_way_also_inside_functions():
-    for name, imported in import_graph().items():
+@pytest.fixture(scope="module")
+def graph():
+    return import_graph()
+
+
+def test_imports_go_one_way_also_inside_functions(graph):
+    for name, imported in graph.items():
         allowed = MAY_IMPORT[name.split(".")[0]]
         if name.endswith("(program)") and name.removesuffix(".py (program)") in TOP:
             allowed = (*allowed, "tools")  # where the command lines are
@@ -141,8 +147,8 @@ def test_imports_go_one_way_also_inside_functions():
             assert fits, f"{name} imports {other}"
 
 
-def test_no_module_imports_itself_by_way_of_others():
-    assert circle(import_graph()) == []
+def test_no_module_imports_itself_by_way_of_others(graph):
+    assert circle(graph) == []
 
 
 @pytest.mark.parametrize("source", [
