@@ -1,6 +1,7 @@
 """CUDA graphs: kernels that are recorded once and then started together, with a single call. For a
 small model Python takes longer to start each kernel than it runs."""
 
+import functools
 import warnings
 
 import torch
@@ -44,3 +45,20 @@ class Recorded:
             mine.copy_(given)
         self.graph.replay()
         return self.results
+
+
+def recorded(function):
+    """Decorator: function(*tensors, *others) is Recorded for each set of shapes and of others, which
+    must be hashable. Results are overwritten by the next call with the same."""
+
+    @functools.lru_cache(maxsize=8)  # a graph keeps its memory
+    def graph_for(shapes, others):
+        return Recorded(lambda *tensors: function(*tensors, *others))
+
+    @functools.wraps(function)
+    def run(*args):
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        shapes = tuple((x.shape, x.dtype, x.device) for x in tensors)
+        return graph_for(shapes, args[len(tensors):])(*tensors)
+
+    return run
