@@ -18,9 +18,8 @@ Values are rounded to what 4 bits can hold and used in full precision ("fake" qu
 measures the damage, and makes nothing faster. Embedding, head and norms stay as they are.
 
 Glossary: name here, symbol in the papers, meaning
-    code, scale, zero  q, s, z  a value is s (q - z), q an integer of b bits. Only activations, keys
-                                and values have a z. In mxfp4 and nvfp4 nothing has one, and q is
-                                one of the 16 numbers of E2M1
+    code, scale, zero  q, s, z  a value is s (q - z), q an integer of b bits; weights have no z. In
+                                mxfp4, nvfp4 nothing has, and q is one of the 16 numbers of E2M1
     R1, R2             -        rotations of stream and values, multiplied into the weights
     R3                 -        Hadamard on Q and K after RoPE, online, if KV has under 16 bits
     R4                 M4       Hadamard on the FFN's hidden state, online; down_proj undoes it
@@ -30,9 +29,8 @@ Glossary: name here, symbol in the papers, meaning
 Deviations from the official code, a fork of SpinQuant's: arithmetic is fp32 instead of bf16,
 rotations are rounded once, and embeddings are centred only on request: RMSNorm does not undo it.
 
-Read it top to bottom: integers, what rounds activations on their way, GPTQ, RTN, rotations, and
-quantize(). Recipe, rotations and the other formats are in nanoosp/, the command line and the file of
-four bits in tools/.
+Read it top to bottom. Recipe, rotations and the other formats are in nanoosp/, the command line and
+the file of four bits in tools/.
 """
 
 import copy
@@ -50,7 +48,7 @@ from nanoosp.formats import BLOCK_FORMATS
 from nanoosp.hadamard import hadamard_transform
 from nanoosp.halves import halves
 from nanoosp.recipe import Recipe
-from nanoosp.recorded import recorded
+from nanoosp.recorded import Recorded
 from nanoosp.rotations import full_precision, learn_rotations, random_rotations, rotated_weights
 
 GPTQ_SAMPLES = 128  # sequences of calibration
@@ -78,8 +76,8 @@ def round_vectors(x, bits: int, symmetric: bool, keep_zero: bool):
 
 @dataclass(frozen=True)
 class Int:
-    """Integers of b bits. mxfp4 and nvfp4 have the same three methods: scale and code of weights,
-    and the rounding of activations."""
+    """Integers of b bits. Weights get scales and codes, which GPTQ needs apart; activations are
+    rounded at once. mxfp4 and nvfp4 have the same three methods."""
 
     bits: int
     clip: bool = True  # search for the scale of weights
@@ -89,9 +87,8 @@ class Int:
     def scale(self, W):
         """Scales [out, groups] for a weight [out, in]: one a row, or one for each group of columns.
 
-        s = max|w| / m, with m the largest code, keeps the widest value exactly. A smaller s cuts it
-        off and makes all other steps finer: of 80 we take that with the least error, to the power
-        of 2.4.
+        s = max|w| / m, with m the largest code, keeps the widest value. A smaller s cuts it off and
+        makes all other steps finer: of 80 we take that with the least error to the power of 2.4.
         """
         n = self.group or W.shape[1]
         if W.shape[1] % n:
@@ -125,7 +122,7 @@ class Int:
 
 
 def format_of(recipe: Recipe, bits: int):
-    """In what a recipe writes weights, which have recipe.w bits, and activations, recipe.a."""
+    """The numbers that a recipe has for weights (`bits` is recipe.w) or activations (recipe.a)."""
     blocks = BLOCK_FORMATS.get(recipe.format)
     return blocks or Int(bits, recipe.clip, recipe.group, recipe.symmetric)
 
@@ -145,7 +142,7 @@ def rotate_at(point):
 
 
 def round_at(point, format, straight_through: bool, head_dim: int = 0):
-    """From here on, what passes `point` is rounded. straight_through: gradients pass as if not."""
+    """From here on, what passes `point` is rounded, but not its gradients if straight_through."""
 
     def hook(module, inputs, x):
         rounded = format.round(x.detach(), head_dim)
@@ -182,8 +179,14 @@ def linears(model) -> dict[str, torch.nn.Linear]:
     return {name: module for name, module in modules if isinstance(module, torch.nn.Linear)}
 
 
-# GPTQ: rounding moves a linear's output by (Q - W) x. H = X^T X sums up the inputs of calibration.
+# GPTQ: rounding moves a linear's output by (Q - W) x. H = X^T X sums up its inputs in calibration.
 # With it, columns can partly undo the errors made in the columns left of them.
+
+
+def inputs_hessian(inputs):
+    """H [in, in] in fp32 for `inputs`, a list of X [n, T, in]."""
+    rows = (X.flatten(0, -2).float() for X in inputs)  # [tokens, in]
+    return sum(X.mT @ X for X in rows)
 
 
 def inverse_factor(H):
@@ -199,7 +202,7 @@ def inverse_factor(H):
     raise ArithmeticError("its damped Hessian has no Cholesky factor: are its inputs finite?")
 
 
-@recorded  # hundreds of small kernels, the same for every block of columns
+@Recorded  # as a CUDA graph: it is hundreds of small kernels, and the same for every block
 def round_columns(W, U, s, format):
     """Codes and errors [out, n] of n columns W, from left to right. The error of column j, in units
     of U_jj, is spread over those after it. U [n, n]; s [out, n]: scales."""
@@ -247,12 +250,6 @@ def gptq_together(weights: dict, H, format) -> dict:
     return dict(zip(weights, scale.split(rows)))
 
 
-def inputs_hessian(inputs):
-    """H = X^T X, [in, in] in fp32, for all X [n, T, in] in a list."""
-    rows = (X.flatten(0, -2).float() for X in inputs)  # [tokens, in]
-    return sum(X.mT @ X for X in rows)
-
-
 @torch.no_grad()
 def gptq_weights(model, tokens, recipe: Recipe) -> dict:
     """GPTQ on `tokens` [N, T], from the first layer to the last: each linear is calibrated on what
@@ -260,12 +257,12 @@ def gptq_weights(model, tokens, recipe: Recipe) -> dict:
     ArithmeticError where H cannot be inverted."""
     format = format_of(recipe, recipe.w)
     scales = {}
-    for half in halves(model, tokens):
-        for point, parts in half.points.items():
+    for half in halves(model, tokens):  # "blocks.0.attn", "blocks.0.ffn", "blocks.1.attn", ...
+        for point, parts in half.points.items():  # "at_input", ["q_proj", "k_proj", ...]
             H = inputs_hessian(half.run_to(point))
             weights = {f"{half.name}.{part}": getattr(half.part, part).weight for part in parts}
             scales |= gptq_together(weights, H, format)
-        half.add(parts[-1])
+        half.add(parts[-1])  # to the residual stream: the next half reads what the rounded one adds
     return scales
 
 
@@ -288,10 +285,9 @@ def rotations(model, recipe: Recipe, calibration):
     device = model.embed.weight.device
     R1, R2 = (R.to(device) for R in random_rotations(model.config, recipe.seed))
     if recipe.learns:
-        rounded = Transformer.from_weights(model.config, model.state_dict())  # the same tensors
+        rounded = Transformer.from_weights(model.config, model.state_dict())  # its hooks go with it
         attach_ffn_hadamard(rounded)
         attach_rounding(rounded, recipe, straight_through=True)
-        calibration = calibration.to(device)
         R1, R2 = learn_rotations(rounded, R1, R2, calibration, recipe.steps, recipe.lr)
     return R1, R2
 

@@ -29,7 +29,7 @@ def e2m1(x):
 
 
 class Blocks:
-    """What both have in common. Like Int in quantize.py: scale, code and round."""
+    """What both have in common. scale, code and round are used like those of Int in quantize.py."""
 
     code = staticmethod(e2m1)
 
@@ -53,7 +53,8 @@ class Mxfp4(Blocks):
     name = "mxfp4"
     group = 32
 
-    def scale_for(self, largest, per_token):  # m 2^e with 0.5 <= m < 1; over scale in [4, 8)
+    def scale_for(self, largest, per_token):
+        # largest = m 2^e with 0.5 <= m < 1; largest / scale is then in [4, 8)
         exponent = torch.where(largest > 0, torch.frexp(largest).exponent - 3, -127)
         return torch.ldexp(torch.ones_like(largest), exponent.clamp(-127, 127))
 

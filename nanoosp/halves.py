@@ -1,12 +1,7 @@
 """What the linears of a model read, from the first to the last, for GPTQ in quantize.py.
 
-    for half in halves(model, tokens):              "blocks.0.attn", "blocks.0.ffn", "blocks.1.attn", ...
-        for point, parts in half.points.items():    "at_input", ["q_proj", "k_proj", "v_proj"]
-            half.run_to(point)                      what these read
-        half.add(parts[-1])
-
-It runs nothing in vain: the first Point comes right after the norm, and what a half adds to the residual stream comes
-from its last linear alone, because the inputs of that are still here.
+A half is attention or FFN. It runs no further than needed: the first Point comes right after the norm, and what a half
+adds to the residual stream comes from its last linear alone, because the inputs of that are still here.
 """
 
 import torch.nn as nn
@@ -22,16 +17,17 @@ POINTS = {  # the linears that read each Point
 
 def halves(model, tokens):
     """Yield all halves of `model` for `tokens` [N, T]. What they read comes from those before, as these are by then."""
-    n_tokens, config = tokens.shape[1], model.config
+    config = model.config
+    n_tokens = tokens.shape[1]
     rope = rope_tables(n_tokens, config.head_dim, config.rope_theta, tokens.device)
-    streams = model.embed(tokens).split(max(1, 4096 // n_tokens))
+    streams = model.embed(tokens).split(max(1, 4096 // n_tokens))  # each [n, T, D]
     for i, block in enumerate(tqdm(model.blocks, "GPTQ", leave=False, disable=None)):
         yield Half(f"blocks.{i}.attn", streams, block.attn_norm, block.attn, rope)
         yield Half(f"blocks.{i}.ffn", streams, block.ffn_norm, block.ffn)
 
 
 class Half:
-    """Attention or FFN of a block. It reads the residual `streams`, each [n, T, D], and adds to them."""
+    """Attention or FFN of a block, and the residual `streams` that it reads and adds to, each [n, T, D]."""
 
     def __init__(self, name: str, streams, norm: nn.Module, part: nn.Module, tables=()):
         self.name = name

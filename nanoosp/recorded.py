@@ -19,46 +19,41 @@ def record_training(model, rows: int, n_tokens: int):
 
 
 class Recorded:
-    """function(*tensors) -> tensors, recorded on CUDA at the first call.
+    """function(*tensors, *others) -> tensors, recorded on CUDA once for all tensors of these shapes and these others,
+    which must be hashable. Elsewhere it is the function itself. Also a decorator.
 
-    Later calls must bring tensors of the same shapes. Each call overwrites the last one's results.
-    Elsewhere it is the function itself.
+    Each call overwrites the results of the last one with the same shapes and others.
     """
 
     def __init__(self, function):
-        self.function, self.graph = function, None
+        functools.update_wrapper(self, function)
+        self.function, self.graphs = function, {}
 
-    def __call__(self, *tensors):
-        if not tensors[0].is_cuda:
-            return self.function(*tensors)
-        if self.graph is None:
-            self.inputs = [tensor.clone() for tensor in tensors]
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # not recorded: what is compiled or chosen is so here
-                self.function(*self.inputs)
-            torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.results = self.function(*self.inputs)
-        for mine, given in zip(self.inputs, tensors):
-            mine.copy_(given)
-        self.graph.replay()
-        return self.results
-
-
-def recorded(function):
-    """Decorator: function(*tensors, *others) is Recorded for each set of shapes and of others, which
-    must be hashable. Results are overwritten by the next call with the same."""
-
-    @functools.lru_cache(maxsize=8)  # a graph keeps its memory
-    def graph_for(shapes, others):
-        return Recorded(lambda *tensors: function(*tensors, *others))
-
-    @functools.wraps(function)
-    def run(*args):
+    def __call__(self, *args):
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
-        shapes = tuple((x.shape, x.dtype, x.device) for x in tensors)
-        return graph_for(shapes, args[len(tensors):])(*tensors)
+        others = args[len(tensors):]
+        if not tensors[0].is_cuda:
+            return self.function(*args)
+        key = others, *((x.shape, x.dtype, x.device) for x in tensors)
+        if key not in self.graphs:
+            if len(self.graphs) == 8:  # they take memory: forget the oldest
+                del self.graphs[next(iter(self.graphs))]
+            self.graphs[key] = self.record(tensors, others)
+        graph, inputs, results = self.graphs[key]
+        for mine, given in zip(inputs, tensors):
+            mine.copy_(given)
+        graph.replay()
+        return results
 
-    return run
+    def record(self, tensors, others):
+        """(graph, tensors that it reads, tensors that it writes)"""
+        inputs = [tensor.clone() for tensor in tensors]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # not recorded: what is compiled or chosen is so here
+            self.function(*inputs, *others)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = self.function(*inputs, *others)
+        return graph, inputs, results

@@ -122,6 +122,7 @@ def learn_rotations(model, R1, R2, windows, steps=SPIN_STEPS, lr=SPIN_LR):
     are returned: small models may well get worse in between. The learning rate falls from `lr` to 0
     along a cosine. Raises ValueError if there are too few windows.
     """
+    windows = windows.to(R1.device)
     held_out, windows = windows[:SPIN_BATCH], windows[SPIN_BATCH:]
     if not len(windows):
         raise ValueError(f"SpinQuant needs more than {SPIN_BATCH} sequences of calibration, not "

@@ -5,13 +5,13 @@ import torch
 from conftest import read_log
 
 import train
-from nanoosp.recorded import Recorded, recorded
+from nanoosp.recorded import Recorded
 from quantize import Int, gptq, per_column, round_columns
 
 
 def test_elsewhere_than_on_cuda_it_is_the_function():
     assert Recorded(lambda x, y: x + y)(torch.ones(2), torch.ones(2)).tolist() == [2, 2]
-    assert recorded(lambda x, y, n: x + n * y)(torch.ones(2), torch.ones(2), 3).tolist() == [4, 4]
+    assert Recorded(lambda x, y, n: x + n * y)(torch.ones(2), torch.ones(2), 3).tolist() == [4, 4]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -33,7 +33,7 @@ def test_on_cuda_every_call_has_its_own_inputs_and_gptq_the_same_codes():
 def test_on_cuda_each_set_of_shapes_and_other_arguments_is_recorded_once():
     calls = []
 
-    @recorded
+    @Recorded
     def scaled(x, y, format):
         calls.append((len(x), format))
         return format.bits * x + y

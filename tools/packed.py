@@ -156,8 +156,8 @@ class Int4Linear(nn.Module):
         if not self.group or n_out % 8 or n_in % 128:
             raise ValueError(f"torch's int4 kernel takes no {n_out} x {n_in} weight with "
                              f"{scale.shape[1]} scales a row")
-        nibbles = (codes + 8).to(torch.uint8)
-        packed = nibbles[:, 0::2] << 4 | nibbles[:, 1::2]  # here the high nibble is the even column
+        swapped = codes.unflatten(1, (-1, 2)).flip(-1)  # here the high nibble is the even column
+        packed = pack(swapped.flatten(1))
         self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack(packed, 8))
         scales = per_column(scale, n_in // self.group).mT  # [in / group, out]
         scales = torch.stack([scales, torch.zeros_like(scales)], dim=-1)  # each with its zero
