@@ -27,7 +27,8 @@ class Recorded:
 
     def __init__(self, function):
         functools.update_wrapper(self, function)
-        self.function, self.graphs = function, {}
+        self.function = function
+        self.graphs = {}
 
     def __call__(self, *args):
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
