@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "muon": (),
     "nanoosp": ("model", "muon", "nanoosp"),
     "data": ("data", "nanoosp.files", "nanoosp.options"),
-    "quantize": ("model", "nanoosp.formats", "nanoosp.hadamard", "nanoosp.recipe", "nanoosp.options", "nanoosp.fast",
+    "quantize": ("model", "nanoosp.formats", "nanoosp.hadamard", "nanoosp.halves", "nanoosp.recipe", "nanoosp.options",
                  "nanoosp.recorded", "nanoosp.rotations"),
     "eval": ("model", "quantize", "data", "nanoosp.options"),
     "train": ("model", "muon", "eval", "data", "nanoosp"),

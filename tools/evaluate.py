@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanoosp.options import answer_before_torch, command, fail, flag, option, parse
-from nanoosp.recipe import BLOCK, METHODS, Recipe, RecipeOptions
+from nanoosp.recipe import METHODS, Recipe, RecipeOptions
 
 # The paper's Figure 4: first the weights alone, then the activations alone.
 SWEEP = [f"{w}-16-16" for w in range(8, 2, -1)] + [f"16-{a}-16" for a in range(8, 3, -1)]
@@ -142,7 +142,7 @@ from eval import (
     perplexity,
 )
 from nanoosp.machine import peak_memory_gib, pick_device
-from quantize import linears, quantize
+from quantize import format_of, linears, quantize
 from tools.loading import Loaded, load
 from tools.report import (
     all_scores,
@@ -289,14 +289,14 @@ def calibrate(loaded: Loaded, recipes: list[Recipe], file=None) -> dict:
         raise ValueError(f"{loaded.path} is quantized already: start from the model that was "
                          "trained")
     for recipe in recipes:
-        group, name, cuts = recipe.group, "--w-group", recipe.w < 16
-        if recipe.format != "int":
-            group, name = BLOCK[recipe.format], f"{recipe.format}'s block of"
-            cuts = min(recipe.w, recipe.a) < 16
-        for linear in linears(loaded.model).values() if group and cuts else ():
-            if linear.in_features % group:
-                raise ValueError(f"{name} {group} does not divide the {linear.in_features} weights "
-                                 "of a row")
+        # only weights are cut into groups, but activations too into blocks
+        bits = recipe.w if recipe.group else min(recipe.w, recipe.a)
+        n = format_of(recipe, recipe.w).group if bits < 16 else 0
+        name = "--w-group" if recipe.group else f"{recipe.format}'s block of"
+        for linear in linears(loaded.model).values():
+            if n and linear.in_features % n:
+                raise ValueError(f"{name} {n} does not divide the {linear.in_features} weights of "
+                                 "a row")
     windows = {}  # those of a method do not depend on its bits: a text is tokenized once
     for recipe in recipes:
         if (recipe.method, recipe.calibrates) not in windows:

@@ -23,7 +23,7 @@ import torch
 
 from eval import attention_sinks, states_of_a_window, strongest_sink
 from nanoosp.files import read_log, require
-from quantize import round_tokens
+from quantize import Int
 
 require("matplotlib", "drawing figures").use("Agg")  # write files, open no window
 import matplotlib.pyplot as plt  # noqa: E402 (it needs the line above)
@@ -147,8 +147,8 @@ def draw_grid(shown: list[tuple[str, torch.Tensor]], state: int):
     for i, (axis, (label, x)) in enumerate(zip(axes[:, 0], shown)):
         low, high = min(x.min().item(), 0), max(x.max().item(), 0)
         step = (high - low) / 15
-        values = step * (torch.arange(16) - round(-low / step))  # those of round_tokens()
-        fullest = round_tokens(x, 4).unique(return_counts=True)[1].sort(descending=True).values
+        values = step * (torch.arange(16) - round(-low / step))  # those of Int.round()
+        fullest = Int(4).round(x).unique(return_counts=True)[1].sort(descending=True).values
         color = style(label)[0]
         axis.hist(x.numpy(), bins=torch.linspace(-widest, widest, 121).tolist(), color=color)
         top = axis.get_ylim()[1]
