@@ -14,12 +14,12 @@ import quantize as Q
 import train
 from data.prepare import prepare
 from data.tokenizer import encode, separator, tokenizer, tokenizer_of, without_token
-from eval import generate
 from nanoosp.run import load_checkpoint
 from tools import evaluate, export
 from tools.huggingface import load_llama, save_llama
 from tools.loading import load
 from tools.tokenizer_json import halves, json_from_encoding
+from tools.writing import generate
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "data": ("data", "nanoosp.files", "nanoosp.options"),
     "quantize": ("model", "nanoosp.formats", "nanoosp.hadamard", "nanoosp.recipe", "nanoosp.options",
                  "nanoosp.recorded", "nanoosp.rotations"),
-    "eval": ("model", "quantize", "data", "nanoosp.options"),
+    "eval": ("model", "quantize", "data", "nanoosp.batches", "nanoosp.options"),
     "train": ("model", "muon", "eval", "data", "nanoosp"),
     "tools": (*BUDGETS, "data", "nanoosp", "tools"),
     "results": (*BUDGETS, "data", "nanoosp", "tools", "results"),

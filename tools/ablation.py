@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ from nanoosp.options import command, fail, flag, parse
 from nanoosp.run import AGAIN, ROOT, resume, slug, usual_lr
 from nanoosp.summary import table
 from quantize import Recipe
-from tools.evaluate import measure, measure_quantized
+from tools.evaluate import measure, measure_added, measure_quantized
 from tools.loading import load
 
 TABLE_2 = [  # optimizer, norm, embproj, hot: the rows of the paper, in its order, and a hot Adam
@@ -255,7 +256,8 @@ def measured(row: Row, device: str) -> dict:
     result = measure(loaded, dataset, as_published=True)
     result |= dict(label=loaded.label + ", hot" * row.hot, lr=loaded.options["lr"])
     recipes = [Recipe("4-4-4", method) for method in ("rtn", "had")]
-    result["quantized"] = measure_quantized(loaded, dataset, None, result["val_loss"], recipes, {})
+    adds = partial(measure_added, dataset=dataset, exact_loss=result["val_loss"])
+    result["quantized"] = measure_quantized(loaded, dict.fromkeys(recipes), adds)
     write_text(path, json.dumps(dict(result, path=str(row.directory))) + "\n")
     return json.loads(path.read_text(encoding="utf-8"))
 

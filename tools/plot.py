@@ -17,13 +17,16 @@ state of the residual stream, the one in which some model has the highest kurtos
 """
 
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 
-from eval import attention_sinks, states_of_a_window, strongest_sink
+from eval import attention_logits, inside_and_outside, sites
+from model import hooked
 from nanoosp.files import read_log, require
 from quantize import round_tokens
+from tools.report import strongest_sink
 
 require("matplotlib", "drawing figures").use("Agg")  # write files, open no window
 import matplotlib.pyplot as plt  # noqa: E402 (it needs the line above)
@@ -67,8 +70,33 @@ class Picture:
             name=loaded.name, label=row["label"], options=loaded.options, row=row,
             log=read_log(run / "log.jsonl"), states=states_of_a_window(loaded.model, dataset),
             head=(layer, head), share=row["sinks"]["share"][layer][head],
-            logits=attention_sinks(loaded.model, dataset, histogram=(layer, head)),
+            logits=logits_of_head(loaded.model, dataset, layer, head),
         )
+
+
+@torch.no_grad()
+def states_of_a_window(model, data, n_tokens: int = 256) -> torch.Tensor:
+    """The residual stream of one window, [L + 1, T, D], at most n_tokens long."""
+    window = torch.from_numpy(data.windows(data.evaluation_windows(1)))[:, :-1][:, :n_tokens]
+    seen = []
+    hook = lambda module, inputs, x: seen.append(x[0].float().cpu())
+    with hooked([(module, hook) for module in sites(model)["residual stream"]]):
+        model(window.to(model.embed.weight.device))
+    return torch.stack(seen)
+
+
+@torch.no_grad()
+def logits_of_head(model, data, layer: int, head: int, n_windows: int = 32) -> dict:
+    """`counts` [2][bins] of one head's logits, on the first token and on all others, and the edges of
+    the `bins`."""
+    edges = torch.linspace(-20, 20, 161)
+    counts = torch.zeros(2, len(edges) - 1)
+    for window in torch.from_numpy(data.windows(data.evaluation_windows(n_windows))).split(1):
+        tokens = window[:, :-1].to(model.embed.weight.device)
+        logits = next(islice(attention_logits(model, tokens), layer, None))  # [1, H, T, T]
+        for row, values in zip(counts, inside_and_outside(logits)):
+            row += torch.histc(values[:, head], len(row), -20, 20).cpu()
+    return dict(counts=counts.tolist(), bins=edges.tolist())
 
 
 def style(label: str):

@@ -1,11 +1,12 @@
-"""What eval.py prints: a description of each target, then tables that compare all of them.
+"""What the tools print. eval.py: a description of each target, then tables that compare all of them.
+train.py --ablation: its table. train.py --bench: its measurements.
 
 A row is what tools/evaluate.py measured of one target; eval.py --json prints the same rows.
 """
 
+import statistics
 from textwrap import indent
 
-from eval import strongest_sink
 from nanoosp.summary import table
 
 SINK = 0.3  # share of attention on the first token that makes a head a sink (Gu et al. 2025)
@@ -17,8 +18,23 @@ def strongest_state(largest: list[dict]) -> int:
     return max(range(len(largest)), key=lambda i: largest[i]["ratio"])
 
 
+def strongest_sink(sinks: dict) -> tuple[int, int]:
+    """(layer, head) of the largest share."""
+    shares = sinks["share"]
+    return max((share, i, j) for i, heads in enumerate(shares) for j, share in enumerate(heads))[1:]
+
+
 def n_sinks(sinks: dict) -> int:
     return sum(share > SINK for heads in sinks["share"] for share in heads)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def loss_and_added(result: dict) -> str:
+    """Of a quantized model: "1.4021 (+0.0213)"."""
+    return f"{result['val_loss']:.4f} ({result['added']:+.4f})"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -91,12 +107,19 @@ def describe_tasks(name: str, row: dict) -> str:
     return f"{name}\n" + indent(text, "  ")
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
 # --------------------------------------------------------------------------------------------------
 # All targets
+
+
+def compare(rows: list[dict]) -> str:
+    """The tables that compare all targets."""
+    tables = []
+    if "val_loss" in rows[0]:
+        tables += [comparison(rows)] if len(rows) > 1 else []
+        tables += [quantized_table(rows)] if any("quantized" in row for row in rows) else []
+    if "tasks" in rows[0]:
+        tables.append(scores_table(rows))
+    return "\n\n".join(tables) + "\n" if tables else ""
 
 
 def comparison(rows: list[dict]) -> str:
@@ -123,62 +146,49 @@ def quantized_table(rows: list[dict]) -> str:
     """For one setting of bits the paper's Table 4, for several its Table 2."""
     rows = [row for row in rows if "quantized" in row]  # not what was quantized before
     settings = list(rows[0]["quantized"])
+    form = "" if rows[0]["format"] == "int" else f" in {rows[0]['format']}"
     if len(settings) == 1:
-        return methods_table(rows, settings[0])
+        return methods_table(rows, settings[0], form)
     groups = [settings[i : i + SETTINGS_PER_TABLE]
               for i in range(0, len(settings), SETTINGS_PER_TABLE)]
-    return "\n\n".join(bits_table(rows, group) for group in groups)
+    return "\n\n".join(bits_table(rows, group, form) for group in groups)
 
 
-def format_name(rows: list[dict]) -> str:
-    """" in mxfp4", for the head of a table; nothing for integers."""
-    return "" if rows[0]["format"] == "int" else f" in {rows[0]['format']}"
-
-
-def methods_table(rows: list[dict], bits: str) -> str:
+def methods_table(rows: list[dict], bits: str, form: str) -> str:
     """A line for each method and a column for each target: its loss, and what was added to it."""
     lines = [["not quantized", *(f"{row['val_loss']:.4f}" for row in rows)]]
     for method in rows[0]["quantized"][bits]:
-        results = [row["quantized"][bits][method] for row in rows]
         name = method if method == "rtn" else f"+ {method}"
-        lines.append([name, *(f"{r['val_loss']:.4f} ({r['added']:+.4f})" for r in results)])
-    return table([f"loss at {bits}{format_name(rows)}", *(row["target"] for row in rows)], lines)
+        lines.append([name, *(loss_and_added(row["quantized"][bits][method]) for row in rows)])
+    return table([f"loss at {bits}{form}", *(row["target"] for row in rows)], lines)
 
 
-def bits_table(rows: list[dict], settings: list[str]) -> str:
+def bits_table(rows: list[dict], settings: list[str], form: str) -> str:
     """A line for each target and method, a column for each setting: what it adds to the loss."""
     lines = []
     for row in rows:
         for method in row["quantized"][settings[0]]:
-            added = [row["quantized"][bits][method]["added"] for bits in settings]
-            lines.append([row["target"], method, f"{row['val_loss']:.4f}",
-                          *(f"{x:+.4f}" for x in added)])
-    return table([f"loss added by W-A-KV bits{format_name(rows)}", "method", "exact", *settings], lines)
+            added = [f"{row['quantized'][bits][method]['added']:+.4f}" for bits in settings]
+            lines.append([row["target"], method, f"{row['val_loss']:.4f}", *added])
+    return table([f"loss added by W-A-KV bits{form}", "method", "exact", *settings], lines)
 
 
 def in_short(result: dict) -> str:
     """What was measured of a quantized model, in one line."""
-    words = []
-    if "val_loss" in result:
-        words.append(f"loss {result['val_loss']:.4f} ({result['added']:+.4f})")
-    if "average" in result:
-        words.append(f"average score {percent(result['average'])}")
+    words = [f"loss {loss_and_added(result)}"] if "val_loss" in result else []
+    words += [f"average score {percent(result['average'])}"] if "average" in result else []
     return ", ".join(words)
 
 
-def all_scores(rows: list[dict]) -> str:
-    """The benchmarks of every target, and below it those of its quantized models."""
+def scores_table(rows: list[dict]) -> str:
+    """A line for each target and each of its quantized models, a column for each benchmark, as in
+    the paper's Tables 3 and 5."""
     scores = []
     for row in rows:
         scores.append((row["target"], row))
         for bits, methods in row.get("quantized", {}).items():
             scores += [(f"{row['target']} {bits} {method}", r) for method, r in methods.items()]
-    return tasks_table(scores)
-
-
-def tasks_table(scores: list[tuple[str, dict]]) -> str:
-    """A line for each model and a column for each benchmark, as in the paper's Tables 3 and 5."""
-    benchmarks = list(scores[0][1]["benchmarks"])
-    lines = [[name, *(percent(row["benchmarks"][b]) for b in benchmarks), percent(row["average"])]
-             for name, row in scores]
+    benchmarks = list(rows[0]["benchmarks"])
+    lines = [[name, *(percent(r["benchmarks"][b]) for b in benchmarks), percent(r["average"])]
+             for name, r in scores]
     return table(["benchmarks, %", *benchmarks, "average"], lines)
