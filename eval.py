@@ -103,8 +103,8 @@ class Watch:
         self.extremes = extremes
         self.sums = [0.0] * len(modules)
         self.tokens_seen = 0
-        none = dict(value=0.0, ratio=0.0, position=0, channel=0, token=0)
-        self.largest = [none] * len(modules)  # stays so if activations are NaN: NaN > 0 is false
+        nothing = dict(value=0.0, ratio=0.0, position=0, channel=0, token=0)
+        self.largest = [nothing] * len(modules)  # stays so where activations are NaN: no NaN > 0
         hooks = [(module, functools.partial(self._add, i)) for i, module in enumerate(modules)]
         self.hooks = hooked([(model.embed, self._remember_tokens), *hooks])
 
@@ -120,6 +120,7 @@ class Watch:
         self.tokens_seen += self.tokens.numel()
 
     def _add(self, i, module, inputs, x):
+        self.width = x.shape[-1]  # C
         self.sums[i] += self.statistic(x).sum()  # stays on the device: no waiting
         if self.extremes:
             self._compare_largest(i, x)
@@ -140,7 +141,7 @@ class Watch:
         return torch.stack([torch.as_tensor(s) for s in self.sums]).cpu() / max(self.tokens_seen, 1)
 
 
-# Evaluation. `data` is a Dataset, or anything of data/dataset.py that has windows.
+# Evaluation. `data` is a Dataset, or anything of data/dataset.py that has windows
 
 
 @torch.no_grad()
@@ -168,6 +169,18 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700))  # e^710 is more than a float can hold
 
 
+def headline(model, data, loss: float, kurtosis_per_layer: list[float]) -> dict:
+    """What is logged in training: the loss, also in bits, and the kurtosis beside its floor."""
+    bytes_per_token = data.meta["bytes_per_token"]
+    return {
+        "val_loss": loss,
+        "bits_per_byte": loss / math.log(2) / bytes_per_token if bytes_per_token else None,
+        "kurtosis": sum(kurtosis_per_layer) / len(kurtosis_per_layer),
+        "kurtosis_floor": gaussian_floor(model.config.n_embd),
+        "kurtosis_per_layer": kurtosis_per_layer,
+    }
+
+
 def evaluate(model, data, n_windows=None, batch_size=None, ranks=None) -> dict:
     """Loss, and kurtosis of the residual stream, on n_windows fixed windows or on all.
 
@@ -178,23 +191,11 @@ def evaluate(model, data, n_windows=None, batch_size=None, ranks=None) -> dict:
     share = numbers[ranks.rank :: ranks.world] if ranks else numbers
     with Watch(model, sites(model)["residual stream"]) as watch:
         loss = mean_loss(model, data, share, batch_size)
-    means = torch.cat([loss[None], watch.means().to(loss.device)])  # [1 + L + 1]
+    means = torch.cat([loss[None], watch.means().to(loss.device)])  # the loss, then L + 1 states
     if ranks:
         means = ranks.sum(means * (len(share) / len(numbers)))
     loss, *kurtosis_per_layer = means.tolist()
     return headline(model, data, loss, kurtosis_per_layer)
-
-
-def headline(model, data, loss: float, kurtosis_per_layer: list[float]) -> dict:
-    """What is logged in training and printed first: each number beside what it compares with."""
-    bytes_per_token = data.meta["bytes_per_token"]
-    return {
-        "val_loss": loss,
-        "bits_per_byte": loss / math.log(2) / bytes_per_token if bytes_per_token else None,
-        "kurtosis": sum(kurtosis_per_layer) / len(kurtosis_per_layer),
-        "kurtosis_floor": gaussian_floor(model.config.n_embd),
-        "kurtosis_per_layer": kurtosis_per_layer,
-    }
 
 
 def published_states(model: Transformer) -> list:
@@ -227,7 +228,8 @@ def kurtosis_as_published(model, data, n_tokens: int = 16384) -> dict:
 
 
 def attention_logits(model, tokens):
-    """Yield for each layer q.k / sqrt(d) [B, H, T, T], of q and k as attention multiplies them."""
+    """Yield for each layer the logits q.k / sqrt(d) [B, H, T, T] of all pairs of tokens, also future
+    ones. q and k are taken where attention multiplies them."""
     kept = []  # q and k of the first layer, q and k of the second, ...
     points = [point for block in model.blocks for point in (block.attn.at_q, block.attn.at_k)]
     with hooked([(point, lambda module, inputs, x: kept.append(x)) for point in points]):

@@ -207,6 +207,8 @@ def test_the_histogram_of_logits_counts_every_pair_once(val):
 
 
 def test_everything_can_be_measured_in_bfloat16(val):
+    from tools.plot import logits_of_head
+
     half, model = model_with(), model_with()
     half.compute_dtype = torch.bfloat16
     a, b = (measure(m, val) for m in (half, model))
@@ -215,8 +217,6 @@ def test_everything_can_be_measured_in_bfloat16(val):
     a, b = (attention_sinks(m, val) for m in (half, model))
     assert np.allclose(a["share"], b["share"], atol=1e-3)
     assert np.allclose(a["outside"], b["outside"], atol=1e-2)
-    from tools.plot import logits_of_head
-
     a, b = (logits_of_head(m, val, 0, 1) for m in (half, model))
     assert sum(a["counts"][1]) == sum(b["counts"][1])
 

@@ -133,16 +133,8 @@ import torch
 from tqdm import tqdm
 
 import eval as evaluation
-from eval import (
-    Watch,
-    attention_sinks,
-    gaussian_floor,
-    headline,
-    kurtosis_as_published,
-    mean_loss,
-    perplexity,
-    sites,
-)
+from eval import (Watch, attention_sinks, gaussian_floor, headline, kurtosis_as_published,
+                  mean_loss, perplexity, sites)
 from nanoosp.batches import windows_at_once
 from nanoosp.machine import peak_memory_gib, pick_device
 from quantize import linears, quantize
@@ -156,10 +148,6 @@ def load_target(path: Path, opt) -> Loaded:
     loaded = load(path, opt.device, opt.int4)
     loaded.model.compute_dtype = getattr(torch, opt.dtype)
     return loaded
-
-
-# --------------------------------------------------------------------------------------------------
-# Measuring
 
 
 def measure_all(opt, recipes: list[Recipe]) -> list[dict]:
@@ -238,13 +226,11 @@ def measure_everywhere(model, dataset, batch_size=None) -> dict:
         watches = {name: stack.enter_context(Watch(model, modules, extremes=name == stream))
                    for name, modules in sites(model).items()}
         loss = mean_loss(model, dataset, batch_size=batch_size, progress=True).item()
-    kurtosis = {name: watch.means().tolist() for name, watch in watches.items()}
-    c = model.config
-    width = {"ffn hidden": c.n_ffn, "attention output": c.n_head * c.head_dim}
-    at_sites = {name: dict(kurtosis=values, floor=gaussian_floor(width.get(name, c.n_embd)))
-                for name, values in kurtosis.items()}
-    return dict(headline(model, dataset, loss, kurtosis[stream]), perplexity=perplexity(loss),
-                tokens=watches[stream].tokens_seen, sites=at_sites, largest=watches[stream].largest)
+    at_sites = {name: dict(kurtosis=watch.means().tolist(), floor=gaussian_floor(watch.width))
+                for name, watch in watches.items()}
+    result = headline(model, dataset, loss, at_sites[stream]["kurtosis"])
+    return dict(result, perplexity=perplexity(loss), tokens=watches[stream].tokens_seen,
+                sites=at_sites, largest=watches[stream].largest)
 
 
 def measure_added(model, dataset, exact_loss: float, batch_size=None) -> dict:
@@ -282,9 +268,10 @@ def calibrate(loaded: Loaded, recipes: list[Recipe], file=None) -> dict:
 
 
 def measure_quantized(loaded: Loaded, calibrations: dict, measure_copy, out=None) -> dict:
-    """Bits -> method -> measure_copy() of the model quantized so, for each recipe of `calibrations`.
-    Each result is written to the file `out`, if there is one, as soon as it is known."""
-    results, title = {}, f"quantize {loaded.name}"
+    """Bits -> method -> measure_copy(the model quantized so), for each recipe of `calibrations`. Each
+    result is written to the file `out`, if there is one, as soon as it is known."""
+    results = {}
+    title = f"quantize {loaded.name}"
     for recipe, windows in tqdm(calibrations.items(), title, leave=False, disable=None):
         result = measure_copy(quantize(loaded.model, recipe, windows))
         if out:

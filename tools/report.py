@@ -1,5 +1,5 @@
-"""What the tools print. eval.py: a description of each target, then tables that compare all of them.
-train.py --ablation: its table. train.py --bench: its measurements.
+"""What the tools print: of eval.py a description of each target, then tables that compare all of
+them; the table of train.py --ablation; the speed that train.py --bench measured.
 
 A row is what tools/evaluate.py measured of one target; eval.py --json prints the same rows.
 """
@@ -16,6 +16,10 @@ SETTINGS_PER_TABLE = 6  # more would not fit beside each other
 def strongest_state(largest: list[dict]) -> int:
     """The state of the residual stream whose largest activation stands out most."""
     return max(range(len(largest)), key=lambda i: largest[i]["ratio"])
+
+
+def state_name(i: int) -> str:
+    return "embedding output" if i == 0 else f"output of block {i}"
 
 
 def strongest_sink(sinks: dict) -> tuple[int, int]:
@@ -45,7 +49,6 @@ def describe(loaded, row: dict) -> str:
     """A measurement in words, then the kurtosis of every layer and site."""
     state = strongest_state(row["largest"])
     top, sinks = row["largest"][state], row["sinks"]
-    place = "embedding output" if state == 0 else f"output of block {state}"
     token = loaded.spelled(top["token"])
     layer, head = strongest_sink(sinks)
     share, inside, outside = (sinks[key][layer][head] for key in ("share", "inside", "outside"))
@@ -55,7 +58,7 @@ def describe(loaded, row: dict) -> str:
         ("excess kurtosis", f"{row['kurtosis']:.3f} (Gaussian {row['kurtosis_floor']:.3f}), mean "
                             "over the residual stream"),
         ("stands out most", f"|x| = {top['value']:.1f}, {top['ratio']:.0f} times the median of its "
-                            f"sequence: {place}, channel {top['channel']}, position "
+                            f"sequence: {state_name(state)}, channel {top['channel']}, position "
                             f"{top['position']}, token {token}"),
         ("attention sinks", f"{n_sinks(sinks)} heads give the first token over "
                             f"{100 * SINK:.0f} % (even attention gives {sinks['uniform']:.1%});"),
@@ -124,22 +127,27 @@ def compare(rows: list[dict]) -> str:
 
 def comparison(rows: list[dict]) -> str:
     """A line for each target. |x| is the activation that stands out most from its sequence."""
-    published = "kurtosis_as_published" in rows[0]
-    head = ["target", "loss", "ppl", "bits/byte", "kurtosis", "Gaussian"]
-    head += ["as publ.", "Gaussian"] * published + ["|x|", "/ median", "sinks"]
-    lines = []
-    for row in rows:
-        top = row["largest"][strongest_state(row["largest"])]
-        line = [
-            row["target"], f"{row['val_loss']:.4f}", f"{row['perplexity']:.5g}",
-            f"{row['bits_per_byte']:.4f}" if row["bits_per_byte"] else "-",
-            f"{row['kurtosis']:.3f}", f"{row['kurtosis_floor']:.3f}",
-        ]
-        if published:
-            line += [f"{row['kurtosis_as_published']:.3f}",
-                     f"{row['kurtosis_as_published_floor']:.3f}"]
-        lines.append([*line, f"{top['value']:.1f}", f"{top['ratio']:.0f}", n_sinks(row["sinks"])])
-    return table(head, lines)
+    def top(row):
+        return row["largest"][strongest_state(row["largest"])]
+
+    published = [
+        ("as publ.", lambda row: f"{row['kurtosis_as_published']:.3f}"),
+        ("Gaussian", lambda row: f"{row['kurtosis_as_published_floor']:.3f}"),
+    ]
+    columns = [
+        ("target", lambda row: row["target"]),
+        ("loss", lambda row: f"{row['val_loss']:.4f}"),
+        ("ppl", lambda row: f"{row['perplexity']:.5g}"),
+        ("bits/byte", lambda row: f"{row['bits_per_byte']:.4f}" if row["bits_per_byte"] else "-"),
+        ("kurtosis", lambda row: f"{row['kurtosis']:.3f}"),
+        ("Gaussian", lambda row: f"{row['kurtosis_floor']:.3f}"),
+        *(published if "kurtosis_as_published" in rows[0] else []),
+        ("|x|", lambda row: f"{top(row)['value']:.1f}"),
+        ("/ median", lambda row: f"{top(row)['ratio']:.0f}"),
+        ("sinks", lambda row: n_sinks(row["sinks"])),
+    ]
+    lines = [[cell(row) for _, cell in columns] for row in rows]
+    return table([name for name, _ in columns], lines)
 
 
 def quantized_table(rows: list[dict]) -> str:
@@ -192,3 +200,68 @@ def scores_table(rows: list[dict]) -> str:
     lines = [[name, *(percent(r["benchmarks"][b]) for b in benchmarks), percent(r["average"])]
              for name, r in scores]
     return table(["benchmarks, %", *benchmarks, "average"], lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# train.py --ablation
+
+
+def mean_and_spread(values, digits: int) -> str:
+    """Mean ± standard deviation; of a single value, the value; of what is not known, a dash."""
+    if None in values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def with_rate(result: dict) -> str:
+    """"Adam, hot (0.002)": what was measured, and its learning rate."""
+    return f"{result['label']} ({result['lr']:g})"
+
+
+def ablation_table(results: list[dict]) -> str:
+    """Markdown, one line a configuration: the mean over seeds, and their standard deviation."""
+    groups = {}
+    for result in results:
+        groups.setdefault(with_rate(result), []).append(result)
+    floors = [results[0][f"{name}_floor"] for name in ("kurtosis", "kurtosis_as_published")]
+    columns = [
+        ("validation loss", 4, lambda r: r["val_loss"]),
+        ("bits per byte", 4, lambda r: r["bits_per_byte"]),
+        (f"excess kurtosis (Gaussian {floors[0]:.3f})", 3, lambda r: r["kurtosis"]),
+        (f"as published (Gaussian {floors[1]:.3f})", 3, lambda r: r["kurtosis_as_published"]),
+        ("largest activation / median", 0, lambda r: max(state["ratio"] for state in r["largest"])),
+        ("4-4-4 adds", 4, lambda r: r["quantized"]["4-4-4"]["rtn"]["added"]),
+        ("with a Hadamard in the FFN", 4, lambda r: r["quantized"]["4-4-4"]["had"]["added"]),
+    ]
+    lines = []
+    for label, group in groups.items():
+        cells = [mean_and_spread([of(r) for r in group], digits) for _, digits, of in columns]
+        lines.append([label, *cells])
+    seeds = len(next(iter(groups.values())))
+    head = [f"model (learning rate), {seeds} seed(s)", *(name for name, _, _ in columns)]
+    return table(head, lines, markdown=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# train.py --bench
+
+
+def describe_speed(r: dict) -> str:
+    """What tools/bench.py measured, in words."""
+    processes = f"{r['ranks']} process" + "es" * (r["ranks"] > 1)
+    optimizer_share = r["optimizer_ms"] / r["step_ms"]
+    lines = {
+        "speed": f"{r['tokens_per_s']:,.0f} tokens/s, {r['tokens_per_step']:,} tokens a step, "
+                 f"{processes}",
+        "step": f"{r['step_ms']:,.1f} ms: forward and backward {r['forward_backward_ms']:,.1f}, "
+                f"optimizer {r['optimizer_ms']:,.1f} ({optimizer_share:.1%})",
+        "first step": f"{r['first_step_s']:.0f} s after the start, compilation included",
+        "peak memory": f"{r['peak_memory_gib']:.2f} GiB",
+        "model arithmetic": f"{r['model_tflops']:.3g} TFLOP/s for each process",
+    }
+    if "mfu_matmul" in r:
+        lines["MFU"] = f"{r['mfu_matmul']:.1%} of the {r['matmul_tflops']:.0f} TFLOP/s of a product"
+    if "mfu_datasheet" in r:
+        lines[""] = f"{r['mfu_datasheet']:.1%} of the datasheet's for {r['gpu']}"
+    return "\n".join(["", *(f"{name:<19}{text}" for name, text in lines.items())])

@@ -1,8 +1,8 @@
 """Letting a model write: python eval.py TARGET --prompt TEXT
 
-sample() draws a token and generate() draws one after the other, which is all there is to it. write()
-is the command. Writer makes generate() fast on a GPU; it stands in for the model there and gives the
-same tokens.
+sample() draws a token, and generate() one after the other, which is all there is to it. write() is
+the command. The rest makes it fast on a GPU: a Writer stands in for the model that generate() calls,
+and gives the same tokens.
 """
 
 import math
@@ -67,10 +67,6 @@ def generate(model, tokens, n, window, never=(), seed=0, **how):
         yield token
 
 
-# --------------------------------------------------------------------------------------------------
-# The command
-
-
 def write(loaded, opt) -> dict:
     """A row with the text that continues opt.prompt, until it ends or has opt.tokens more. Unless
     --json, it is printed as it comes."""
@@ -86,7 +82,7 @@ def write(loaded, opt) -> dict:
         model = Writer(model, min(window, len(start) + opt.tokens), opt.compile)
     ids = prompt[len(beginning(encoding)) :]  # BOS is not shown
     n_shown = len(ids)
-    n_printed = 0  # characters
+    printed = ""
     times = [time.perf_counter()]
     for token in generate(model, start, opt.tokens, window, never, opt.seed,
                           temperature=opt.temperature, top_k=opt.top_k):
@@ -96,12 +92,12 @@ def write(loaded, opt) -> dict:
         ids.append(token)
         text = encoding.decode(ids)
         if not opt.json and not text.endswith("\ufffd"):  # half of a character: wait for the rest
-            print(text[n_printed:], end="", flush=True)
-            n_printed = len(text)
+            print(text[len(printed) :], end="", flush=True)
+            printed = text
     n = len(ids) - n_shown
     text = encoding.decode(ids)
     if not opt.json:
-        print(text[n_printed:], flush=True)
+        print(text[len(printed) :], flush=True)
         print(f"{n} tokens: {pace(times)}, peak memory {peak_memory_gib(opt.device):.2f} GiB",
               file=sys.stderr)
     if len(prompt) + n - (n == opt.tokens) > window:  # the last of opt.tokens is not read
@@ -121,14 +117,10 @@ def pace(times: list) -> str:
     return ", ".join(said)
 
 
-# --------------------------------------------------------------------------------------------------
-# Fast on a GPU
-
-
 def block_step(block, x, rope, memory, at, seen):
-    """Block.forward for one token x [1, 1, D] at position `at` [1]. K and V, each [1, H_kv, window, d]
-    in `memory`, get what it adds; it attends to those of their tokens that were `seen` [1, window].
-    rope: cos and sin, each [1, d/2]."""
+    """Block.forward for one token x [1, 1, D] at position `at` [1]; rope: its cos and sin [1, d/2].
+    K and V in `memory`, each [1, H_kv, window, d], get what it adds; it attends to those of their
+    tokens that were `seen` [1, window]."""
     attn = block.attn
     K, V = memory
     heads = attn.at_input(block.attn_norm(x))
@@ -145,15 +137,16 @@ def block_step(block, x, rope, memory, at, seen):
 class Writer:
     """Takes calls like a Transformer with a cache: first the prompt, then one token at a time.
 
-    There a GPU waits for Python: a token takes hundreds of kernels, each started on its own, and K
-    and V are copied for every token to make room for one more. Here they lie in memory for the whole
-    window from the start. So every token takes exactly the same kernels on the same memory, and CUDA
-    can record them once, as a graph, and start all of them with a single call.
+    With a Transformer a GPU waits for Python: a token takes hundreds of kernels, each started on its
+    own, and K and V are copied for every token to make room for one more. Here they lie in memory
+    for the whole window from the start. So every token takes exactly the same kernels on the same
+    memory, and CUDA can record them once, as a graph, and start all of them with a single call.
     """
 
     def __init__(self, model, window: int, compile: bool = False):
         c, device = model.config, model.embed.weight.device
         self.model = model
+        self.parameters = model.parameters  # generate() asks them where they are
         self.window = math.ceil(window / 64) * 64  # attention is faster in whole tiles
         self.memory = None  # K and V of every block, each [1, H_kv, window, d]
         self.tables = rope_tables(self.window, c.head_dim, c.rope_theta, device)  # [window, d/2]
@@ -161,9 +154,6 @@ class Writer:
         self.block_step = torch.compile(block_step) if compile else block_step
         self.output = torch.compile(model.output) if compile else model.output
         self.step = Recorded(self._step)
-
-    def parameters(self):
-        return self.model.parameters()
 
     def new_cache(self):
         self.at.zero_()
