@@ -268,7 +268,7 @@ def calibrate(loaded: Loaded, recipes: list[Recipe], file=None) -> dict:
 
 
 def measure_quantized(loaded: Loaded, calibrations: dict, measure_copy, out=None) -> dict:
-    """Bits -> method -> measure_copy(the model quantized so), for each recipe of `calibrations`. Each
+    """Bits -> method -> measure_copy(the model quantized so), for all recipes of `calibrations`. Each
     result is written to the file `out`, if there is one, as soon as it is known."""
     results = {}
     title = f"quantize {loaded.name}"

@@ -80,8 +80,8 @@ def states_of_a_window(model, data, n_tokens: int = 256) -> torch.Tensor:
 
 @torch.no_grad()
 def logits_of_head(model, data, layer: int, head: int, n_windows: int = 32) -> dict:
-    """`counts` [2][bins] of one head's logits, on the first token and on all others, and the edges of
-    the `bins`."""
+    """`counts` [2][bins] of one head's logits, on the first token and on all others, and the edges
+    of the `bins`."""
     edges = torch.linspace(-20, 20, 161)
     counts = torch.zeros(2, len(edges) - 1)
     for window in torch.from_numpy(data.windows(data.evaluation_windows(n_windows))).split(1):

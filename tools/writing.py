@@ -1,8 +1,8 @@
 """Letting a model write: python eval.py TARGET --prompt TEXT
 
 sample() draws a token, and generate() one after the other, which is all there is to it. write() is
-the command. The rest makes it fast on a GPU: a Writer stands in for the model that generate() calls,
-and gives the same tokens.
+the command. The rest makes it fast on a GPU: a Writer stands in for the model in generate() and
+gives the same tokens.
 """
 
 import math
@@ -137,8 +137,8 @@ def block_step(block, x, rope, memory, at, seen):
 class Writer:
     """Takes calls like a Transformer with a cache: first the prompt, then one token at a time.
 
-    With a Transformer a GPU waits for Python: a token takes hundreds of kernels, each started on its
-    own, and K and V are copied for every token to make room for one more. Here they lie in memory
+    With a Transformer a GPU waits for Python: a token takes hundreds of kernels, each started by
+    itself, and K and V are copied for every token to make room for one more. Here they lie in memory
     for the whole window from the start. So every token takes exactly the same kernels on the same
     memory, and CUDA can record them once, as a graph, and start all of them with a single call.
     """
