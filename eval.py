@@ -228,8 +228,8 @@ def kurtosis_as_published(model, data, n_tokens: int = 16384) -> dict:
 
 
 def attention_logits(model, tokens):
-    """Yield for each layer the logits q.k / sqrt(d) [B, H, T, T] of all pairs of tokens, future ones
-    too. q and k are taken where attention multiplies them."""
+    """Yield for each layer the logits q.k / sqrt(d) [B, H, T, T], those on future tokens too. q and
+    k are taken where attention multiplies them."""
     kept = []  # q and k of the first layer, q and k of the second, ...
     points = [point for block in model.blocks for point in (block.attn.at_q, block.attn.at_k)]
     with hooked([(point, lambda module, inputs, x: kept.append(x)) for point in points]):

@@ -138,9 +138,9 @@ class Writer:
     """Takes calls like a Transformer with a cache: first the prompt, then one token at a time.
 
     With a Transformer a GPU waits for Python: a token takes hundreds of kernels, each started by
-    itself, and K and V are copied for every token to make room for one more. Here they lie in memory
-    for the whole window from the start. So every token takes exactly the same kernels on the same
-    memory, and CUDA can record them once, as a graph, and start all of them with a single call.
+    itself, and K and V are copied for every token to make room for one more. Here they lie in
+    memory for the whole window from the start. So every token takes exactly the same kernels on the
+    same memory, and CUDA can record them once, as a graph, and start all of them with one call.
     """
 
     def __init__(self, model, window: int, compile: bool = False):
