@@ -8,6 +8,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from model import hooked, rope_tables
+from nanoosp.batches import windows_at_once
 
 POINTS = {  # the linears that read each Point
     "attn": {"at_input": ["q_proj", "k_proj", "v_proj"], "at_output": ["o_proj"]},
@@ -20,7 +21,7 @@ def halves(model, tokens):
     config = model.config
     n_tokens = tokens.shape[1]
     rope = rope_tables(n_tokens, config.head_dim, config.rope_theta, tokens.device)
-    streams = model.embed(tokens).split(max(1, 4096 // n_tokens))  # each [n, T, D]
+    streams = model.embed(tokens).split(windows_at_once(n_tokens))  # each [n, T, D]
     for i, block in enumerate(tqdm(model.blocks, "GPTQ", leave=False, disable=None)):
         yield Half(f"blocks.{i}.attn", streams, block.attn_norm, block.attn, rope)
         yield Half(f"blocks.{i}.ffn", streams, block.ffn_norm, block.ffn)

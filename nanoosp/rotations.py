@@ -12,6 +12,7 @@ import torch
 from torch.func import functional_call
 from tqdm import tqdm
 
+from nanoosp.batches import windows_at_once
 from nanoosp.hadamard import hadamard, hadamard_transform
 
 SPIN_BATCH, SPIN_STEPS, SPIN_LR = 8, 100, 1.5  # sequences a step, steps, first rate: SpinQuant's
@@ -104,7 +105,7 @@ def rotation_gradients(model, weights: dict, R1, R2, windows):
         rotated = rotated_weights(weights, R1, R2, dtype=torch.float32)
     leaves = {name: W.requires_grad_() for name, W in rotated.items() if not name.endswith("gain")}
     total = 0.0
-    for part in windows.split(max(1, 4096 // (windows.shape[1] - 1))):
+    for part in windows.split(windows_at_once(windows.shape[1] - 1)):
         loss = loss_of(model, rotated, part) * len(part) / len(windows)
         loss.backward()
         total += loss.item()
@@ -134,7 +135,7 @@ def learn_rotations(model, R1, R2, windows, steps=SPIN_STEPS, lr=SPIN_LR):
         if step % 10 == 0 or step == steps:
             with torch.no_grad():
                 rotated = rotated_weights(weights, R1, R2, dtype=torch.float32)
-                parts = held_out.split(max(1, 2048 // held_out.shape[1]))
+                parts = held_out.split(windows_at_once(2 * held_out.shape[1]))
                 losses = [loss_of(model, rotated, part) * len(part) for part in parts]
                 loss = (sum(losses) / len(held_out)).item()
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)

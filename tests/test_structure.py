@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "data": ("data", "nanoosp.files", "nanoosp.options"),
     "quantize": ("model", "nanoosp.formats", "nanoosp.hadamard", "nanoosp.halves", "nanoosp.recipe", "nanoosp.options",
                  "nanoosp.recorded", "nanoosp.rotations"),
-    "eval": ("model", "quantize", "data", "nanoosp.options"),
+    "eval": ("model", "quantize", "data", "nanoosp.batches", "nanoosp.options"),
     "train": ("model", "muon", "eval", "data", "nanoosp"),
     "tools": (*TOP, "data", "nanoosp", "tools"),
     "results": (*TOP, "data", "nanoosp", "tools", "results"),
