@@ -351,13 +351,13 @@ def test_eval_refuses_impossible_bits_and_methods(run_dir, capsys):
 @pytest.mark.parametrize("json_too", [[], ["--json"]])
 def test_what_a_sweep_has_measured_is_on_the_screen_when_it_is_interrupted(
         json_too, run_dir, capsys, monkeypatch):
-    losses = iter((5.0, 5.25))
+    exactly, losses = evaluate_tool.mean_loss, iter((None, 5.0, 5.25))
 
     def interrupted_third(*args, **kwargs):
-        loss = next(losses, None)
-        if loss is None:
+        loss = next(losses, "interrupted")
+        if loss == "interrupted":
             raise KeyboardInterrupt
-        return torch.tensor(loss)
+        return exactly(*args, **kwargs) if loss is None else torch.tensor(loss)
 
     monkeypatch.setattr(evaluate_tool, "mean_loss", interrupted_third)
     with pytest.raises(SystemExit) as error:
