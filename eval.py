@@ -19,13 +19,12 @@ Words used here: a *site* is a place in every layer whose values we look at, a *
 residual stream before or after a block, a *window* is a sequence of tokens to evaluate on, and the
 *floor* is what Gaussian vectors measure. B, T, D, H, V are as in model.py; L is n_layer.
 
-Read it top to bottom: statistics of vectors, watching a model, evaluation, attention sinks, 4 bits,
-writing. The command line, its tables and figures are in tools/.
+Read it top to bottom: statistics of vectors, watching a model, evaluation, attention sinks, 4 bits.
+The command line, its tables and figures, and what lets a model write are in tools/.
 """
 
 import functools
 import math
-from contextlib import ExitStack
 
 from nanoosp.options import door
 
@@ -35,6 +34,7 @@ import torch
 from tqdm import tqdm
 
 from model import Transformer, hooked
+from nanoosp.batches import windows_at_once
 
 # Statistics of vectors: [..., D] -> [...]
 
@@ -92,20 +92,21 @@ class Watch:
     activations.
 
     Args:
-        modules: M modules whose outputs are [B, T, C].
+        modules: a list of M modules whose outputs are [B, T, C].
         statistic: [B, T, C] -> [B, T].
         extremes: also note, per module, the largest |x|, where it was, and its ratio to the median
             |x| of its sequence.
     """
 
     def __init__(self, model, modules, statistic=excess_kurtosis, extremes=False):
-        self.statistic, self.extremes, self.modules = statistic, extremes, list(modules)
-        hooks = [(m, functools.partial(self._add, i)) for i, m in enumerate(self.modules)]
-        self.hooks = hooked([(model.embed, self._remember_tokens), *hooks])
-        self.sums = [0.0] * len(self.modules)
+        self.statistic = statistic
+        self.extremes = extremes
+        self.sums = [0.0] * len(modules)
         self.tokens_seen = 0
-        nothing = dict(value=0.0, ratio=0.0, position=0, channel=0, token=0)  # NaN beats nothing
-        self.largest = [nothing] * len(self.modules)
+        nothing = dict(value=0.0, ratio=0.0, position=0, channel=0, token=0)
+        self.largest = [nothing] * len(modules)  # stays so where activations are NaN: no NaN > 0
+        hooks = [(module, functools.partial(self._add, i)) for i, module in enumerate(modules)]
+        self.hooks = hooked([(model.embed, self._remember_tokens), *hooks])
 
     def __enter__(self):
         self.hooks.__enter__()
@@ -119,24 +120,28 @@ class Watch:
         self.tokens_seen += self.tokens.numel()
 
     def _add(self, i, module, inputs, x):
+        self.width = x.shape[-1]  # C
         self.sums[i] += self.statistic(x).sum()  # stays on the device: no waiting
         if self.extremes:
-            a = x.abs().flatten(1).float()  # [B, T C]
-            maxima, places = a.max(dim=1)  # [B]
-            b = int(maxima.argmax())
-            if maxima[b] > self.largest[i]["value"]:  # only then take the median, which is slow
-                position, channel = divmod(int(places[b]), x.shape[-1])
-                ratio = maxima[b] / a[b].median().clamp(min=1e-30)
-                self.largest[i] = dict(
-                    value=maxima[b].item(), ratio=ratio.item(), position=position, channel=channel,
-                    token=int(self.tokens[b, position]))
+            self._compare_largest(i, x)
+
+    def _compare_largest(self, i, x):
+        a = x.abs().flatten(1).float()  # [B, T C]
+        maxima, places = a.max(dim=1)  # [B]
+        b = int(maxima.argmax())
+        if maxima[b] > self.largest[i]["value"]:  # only then take the median, which is slow
+            position, channel = divmod(int(places[b]), x.shape[-1])
+            ratio = maxima[b] / a[b].median().clamp(min=1e-30)
+            self.largest[i] = dict(
+                value=maxima[b].item(), ratio=ratio.item(), position=position, channel=channel,
+                token=int(self.tokens[b, position]))
 
     def means(self) -> torch.Tensor:
         """Mean of the statistic over tokens, [M], on the CPU."""
         return torch.stack([torch.as_tensor(s) for s in self.sums]).cpu() / max(self.tokens_seen, 1)
 
 
-# Evaluation. `data` is a Dataset, or anything of data/dataset.py that has windows.
+# Evaluation. `data` is a Dataset, or anything of data/dataset.py that has windows
 
 
 @torch.no_grad()
@@ -145,13 +150,14 @@ def mean_loss(model, data, numbers=None, batch_size=None, progress=False) -> tor
 
     `batch_size` windows are computed at once; it does not change the result beyond rounding.
     """
-    numbers = data.evaluation_windows(data.n_windows) if numbers is None else numbers
-    n_predicted = data.windows(data.evaluation_windows(1)).shape[1] - 1  # tokens of a window
-    batch_size = batch_size or max(1, 4096 // n_predicted)
-    device, was_training = model.embed.weight.device, model.training
+    if numbers is None:
+        numbers = data.evaluation_windows(data.n_windows)
+    batch_size = batch_size or windows_at_once(data.seq_len)
+    device = model.embed.weight.device
+    was_training = model.training
+    model.eval()
     total = torch.zeros((), device=device)
     starts = range(0, len(numbers), batch_size)
-    model.eval()
     for i in tqdm(starts, "evaluate", leave=False, disable=None if progress else True):
         window = torch.from_numpy(data.windows(numbers[i : i + batch_size])).to(device)
         total += model(window[:, :-1], window[:, 1:]) * len(window)
@@ -163,39 +169,33 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700))  # e^710 is more than a float can hold
 
 
-def evaluate(model, data, n_windows=None, batch_size=None, ranks=None, everywhere=False) -> dict:
-    """Loss, and kurtosis of the residual stream, on n_windows fixed windows or on all.
-
-    `everywhere` adds perplexity, the kurtosis at all `sites`, and the `largest` activation of each
-    state. Without it, `ranks` (nanoosp.machine) may share the windows among them. The result does
-    not depend on batch_size or the number of ranks beyond rounding.
-    """
-    config, numbers = model.config, data.evaluation_windows(n_windows or data.n_windows)
-    share = numbers[ranks.rank :: ranks.world] if ranks else numbers
-    places = sites(model) if everywhere else {"residual stream": sites(model)["residual stream"]}
-    with ExitStack() as stack:
-        watches = {name: stack.enter_context(Watch(model, modules, extremes=everywhere and i == 0))
-                   for i, (name, modules) in enumerate(places.items())}
-        loss = mean_loss(model, data, share, batch_size, progress=everywhere)
-    stream = watches["residual stream"]
-    totals = torch.cat([loss[None], stream.means().to(loss.device)]) * (len(share) / len(numbers))
-    loss, *per_layer = (ranks.sum(totals) if ranks else totals).tolist()
+def headline(model, data, loss: float, kurtosis_per_layer: list[float]) -> dict:
+    """What is logged in training: the loss, also in bits, and the kurtosis beside its floor."""
     bytes_per_token = data.meta["bytes_per_token"]
-    result = {
+    return {
         "val_loss": loss,
         "bits_per_byte": loss / math.log(2) / bytes_per_token if bytes_per_token else None,
-        "kurtosis": sum(per_layer) / len(per_layer),
-        "kurtosis_floor": gaussian_floor(config.n_embd),
-        "kurtosis_per_layer": per_layer,
+        "kurtosis": sum(kurtosis_per_layer) / len(kurtosis_per_layer),
+        "kurtosis_floor": gaussian_floor(model.config.n_embd),
+        "kurtosis_per_layer": kurtosis_per_layer,
     }
-    if not everywhere:
-        return result
-    width = {"ffn hidden": config.n_ffn, "attention output": config.n_head * config.head_dim}
-    at_sites = {name: dict(kurtosis=watch.means().tolist(),
-                           floor=gaussian_floor(width.get(name, config.n_embd)))
-                for name, watch in watches.items()}
-    return dict(result, perplexity=perplexity(loss), tokens=stream.tokens_seen, sites=at_sites,
-                largest=stream.largest)
+
+
+def evaluate(model, data, n_windows=None, batch_size=None, ranks=None) -> dict:
+    """Loss, and kurtosis of the residual stream, on n_windows fixed windows or on all.
+
+    `ranks` (nanoosp.machine) may share the windows among them. The result does not depend on their
+    number or on batch_size beyond rounding.
+    """
+    numbers = data.evaluation_windows(n_windows or data.n_windows)
+    share = numbers[ranks.rank :: ranks.world] if ranks else numbers
+    with Watch(model, sites(model)["residual stream"]) as watch:
+        loss = mean_loss(model, data, share, batch_size)
+    means = torch.cat([loss[None], watch.means().to(loss.device)])  # the loss, then L + 1 states
+    if ranks:
+        means = ranks.sum(means * (len(share) / len(numbers)))
+    loss, *kurtosis_per_layer = means.tolist()
+    return headline(model, data, loss, kurtosis_per_layer)
 
 
 def published_states(model: Transformer) -> list:
@@ -212,8 +212,8 @@ def kurtosis_as_published(model, data, n_tokens: int = 16384) -> dict:
     turns 2048 tokens into 2048 sequences. It takes 262,144 tokens of C4, we fewer of the validation
     text. With byte tokens only about 64 occur, weighted here by frequency.
     """
-    n = max(1, n_tokens // data.windows(data.evaluation_windows(1)).shape[1])
-    windows = data.windows(data.evaluation_windows(n))
+    n_windows = max(1, n_tokens // (data.seq_len + 1))
+    windows = data.windows(data.evaluation_windows(n_windows))
     tokens = torch.from_numpy(windows.reshape(-1, 1)).to(model.embed.weight.device)  # [tokens, 1]
     with Watch(model, published_states(model), published_kurtosis) as watch:
         for part in tokens.split(1024):
@@ -224,71 +224,50 @@ def kurtosis_as_published(model, data, n_tokens: int = 16384) -> dict:
     }
 
 
-@torch.no_grad()
-def states_of_a_window(model, data, n_tokens: int = 256) -> torch.Tensor:
-    """The residual stream of one window, [L + 1, T, D], at most n_tokens long, for figures."""
-    window = torch.from_numpy(data.windows(data.evaluation_windows(1)))[:, :-1][:, :n_tokens]
-    seen = []
-    hook = lambda module, inputs, x: seen.append(x[0].float().cpu())
-    with hooked([(module, hook) for module in sites(model)["residual stream"]]):
-        model(window.to(model.embed.weight.device))
-    return torch.stack(seen)
-
-
 # Attention sinks: heads that look at the first token, whatever it is
 
 
+def attention_logits(model, tokens):
+    """Yield for each layer the logits q.k / sqrt(d) [B, H, T, T], those on future tokens too. q and
+    k are taken where attention multiplies them."""
+    kept = []  # q and k of the first layer, q and k of the second, ...
+    points = [point for block in model.blocks for point in (block.attn.at_q, block.attn.at_k)]
+    with hooked([(point, lambda module, inputs, x: kept.append(x)) for point in points]):
+        model(tokens)
+    for q, k in zip(kept[::2], kept[1::2]):
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # [B, H_kv, T, d] -> [B, H, T, d]
+        yield q.float() @ k.float().mT / math.sqrt(q.shape[-1])
+
+
+def inside_and_outside(logits):
+    """Of the logits [B, H, T, T] of tokens t >= 1: those on token 0, [B, H, T - 1], and those on
+    tokens 1 ... t, [B, H, T (T - 1) / 2]."""
+    later = logits[:, :, 1:]  # [B, H, T - 1, T]
+    past = torch.ones_like(later[0, 0, :, 1:], dtype=torch.bool).tril()
+    return later[..., 0], later[..., 1:][:, :, past]
+
+
 @torch.no_grad()
-def attention_sinks(model, data, n_windows: int = 32, histogram=None) -> dict:
+def attention_sinks(model, data, n_windows: int = 32) -> dict:
     """How much attention later tokens give to the first one, per layer and head.
 
     Returns `share` [L][H], that attention, and `uniform`, what it would be if attention were even.
     `inside` [L][H] is the mean logit q.k / sqrt(d) on the first token, `outside` [L][H] that on all
-    others. If `histogram` names a (layer, head): also `counts` [2][bins] of its logits inside and
-    outside, and the edges of the `bins`. Q and K are taken as attention multiplies them.
+    others.
     """
-    device, edges = model.embed.weight.device, torch.linspace(-20, 20, 161)
     windows = torch.from_numpy(data.windows(data.evaluation_windows(n_windows)))
     sums = [0.0] * len(model.blocks)  # each [3, H]
-    counts, queries = torch.zeros(2, len(edges) - 1), {}
-
-    def remember_q(i, module, inputs, q):
-        queries[i] = q.float()
-
-    def add(i, module, inputs, k):
-        q = queries.pop(i)
-        B, H, T, d = q.shape
-        k = k.repeat_interleave(H // k.shape[1], dim=1).float()
-        with torch.autocast(k.device.type, enabled=False):  # it would take the product in bf16
-            logits = q @ k.mT / math.sqrt(d)  # [B, H, T, T]
-        future = torch.ones(T, T, dtype=torch.bool, device=k.device).triu(1)
-        attention = logits.masked_fill(future, -math.inf).softmax(dim=-1)
-        others = ~future[1:, 1:]  # token t >= 1 looks at tokens 1 ... t
-        inside, outside = logits[:, :, 1:, 0], logits[:, :, 1:, 1:][:, :, others]  # [B, H, many]
-        means = [values.mean(dim=(0, 2)) for values in (attention[:, :, 1:, 0], inside, outside)]
-        sums[i] += B * torch.stack(means)
-        if histogram and histogram[0] == i:
-            for row, values in enumerate((inside, outside)):
-                counts[row] += torch.histc(values[:, histogram[1]], len(edges) - 1, -20, 20).cpu()
-
-    hooks = []
-    for i, block in enumerate(model.blocks):
-        hooks.append((block.attn.at_q, functools.partial(remember_q, i)))
-        hooks.append((block.attn.at_k, functools.partial(add, i)))
-    with hooked(hooks):
-        for window in windows.split(1):  # one at a time: T x T logits of all heads are large
-            model(window[:, :-1].to(device))
+    for window in windows.split(1):  # one at a time: T x T logits of all heads are large
+        tokens = window[:, :-1].to(model.embed.weight.device)
+        for i, logits in enumerate(attention_logits(model, tokens)):  # [1, H, T, T]
+            future = torch.ones_like(logits[0, 0], dtype=torch.bool).triu(1)
+            share = logits.masked_fill(future, -math.inf).softmax(dim=-1)[:, :, 1:, 0]
+            means = [x.mean(dim=(0, 2)) for x in (share, *inside_and_outside(logits))]  # each [H]
+            sums[i] += torch.stack(means)
     share, inside, outside = (torch.stack(sums).cpu() / len(windows)).unbind(dim=1)  # each [L, H]
-    T = windows.shape[1] - 1
-    result = dict(share=share.tolist(), inside=inside.tolist(), outside=outside.tolist(),
-                  uniform=sum(1 / (t + 1) for t in range(1, T)) / (T - 1))
-    return dict(result, counts=counts.tolist(), bins=edges.tolist()) if histogram else result
-
-
-def strongest_sink(sinks: dict) -> tuple[int, int]:
-    """(layer, head) of the largest share."""
-    shares = sinks["share"]
-    return max((share, i, j) for i, heads in enumerate(shares) for j, share in enumerate(heads))[1:]
+    T = data.seq_len
+    return dict(share=share.tolist(), inside=inside.tolist(), outside=outside.tolist(),
+                uniform=sum(1 / (t + 1) for t in range(1, T)) / (T - 1))
 
 
 # What bits cost
@@ -298,47 +277,8 @@ def at_four_bits(model, data, n_windows=None, batch_size=None, ranks=None) -> di
     """evaluate() of the model at 4-4-4: rounded to nearest, and with a Hadamard in the FFN."""
     from quantize import Recipe, quantize  # only here: nothing else in this file needs it
 
-    measured_on, results = (data, n_windows, batch_size, ranks), {}
+    results = {}
     for method in ("rtn", "had"):
-        results[method] = evaluate(quantize(model, Recipe("4-4-4", method)), *measured_on)
+        quantized = quantize(model, Recipe("4-4-4", method))
+        results[method] = evaluate(quantized, data, n_windows, batch_size, ranks)
     return {"4-4-4": results}
-
-
-# Writing
-
-
-@torch.no_grad()
-def generate(model, tokens, n, window, temperature=1.0, top_k=None, seed=0, use_cache=True,
-             never=()):
-    """Yield n tokens that continue `tokens`, a non-empty list of ids. The cache changes no result.
-
-    window: most tokens the model may see. When it is full, the oldest are forgotten, many at once,
-        since the rest must be read again: enough for all still to come, but at most half of it.
-    temperature: 0 takes the likeliest token. top_k: draw from the k likeliest only.
-    never: ids that are not drawn, such as a model's rows that its tokenizer has no tokens for.
-    """
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    never = torch.tensor([*never], dtype=torch.long, device=device)
-    read = lambda ids: torch.tensor([ids], device=device)  # [1, T]
-    context, cache, unread = tokens, model.new_cache(), read(tokens)
-    for still_to_come in range(n, 0, -1):
-        if len(context) > window:
-            kept = window - min(window // 2, still_to_come - 1)
-            context, cache, unread = context[-kept:], model.new_cache(), read(context[-kept:])
-        logits = model(unread, cache=cache if use_cache else None)[0, -1]
-        finite = logits.isfinite().all()
-        logits[never] = -math.inf
-        if top_k:
-            logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -math.inf
-        if temperature < 1e-30:  # dividing by it would overflow
-            drawn = logits.argmax()
-        else:  # as torch.multinomial draws: of waiting times 1 / p on average, the shortest wins
-            p = (logits / temperature).softmax(dim=-1)
-            drawn = (p / torch.empty_like(p).exponential_(generator=generator)).argmax()
-        token, finite = torch.stack([drawn, finite]).tolist()  # all at once: a GPU waits meanwhile
-        if not finite:
-            raise ArithmeticError("the logits are not finite: there is nothing to draw from")
-        context = [*context, token]
-        unread = drawn.view(1, 1) if use_cache else read(context)
-        yield token

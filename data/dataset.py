@@ -90,6 +90,7 @@ class TextBlocks:
     are those of the text in UTF-8. Raises ValueError if the tokens `ids` fill no block."""
 
     def __init__(self, ids: np.ndarray, block: int, n_bytes: int):
+        self.seq_len = block - 1
         self.n_windows = len(ids) // block
         if not self.n_windows:
             raise ValueError(f"the text has {len(ids):,} tokens, fewer than one block of {block:,}")

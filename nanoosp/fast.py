@@ -6,8 +6,6 @@ import warnings
 import torch
 import torch.nn as nn
 
-from nanoosp.float8 import use_float8
-
 
 def speed_up(model: nn.Module, opt) -> nn.Module:
     """Let `model` compute in opt.dtype, and sooner if opt.recompute, opt.compile or opt.cuda_graph say so. Parameters stay
@@ -28,6 +26,8 @@ def compute_in(model: nn.Module, dtype: str):
     """Let `model` compute as --dtype says. Ends the program where there are no float8 products."""
     model.compute_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
     if dtype == "float8":
+        from nanoosp.float8 import use_float8  # only here: few need it
+
         use_float8(model)
 
 

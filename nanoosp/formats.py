@@ -16,8 +16,6 @@ another. (Inference servers use a constant from calibration instead.)
 
 import torch
 
-from nanoosp.recipe import BLOCK
-
 E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
 E4M3_MAX, E4M3_MIN = 448.0, 2.0**-9  # the smallest above 0: no block has a scale of 0
 
@@ -30,44 +28,65 @@ def e2m1(x):
     return ((x / step).round() * step).clamp(-6, 6)
 
 
-def block_scale(x, name: str, per_token: bool = False):
-    """Scales [..., n / block] in fp32 for x [..., n], which is one tensor; per_token: every vector
-    is one. Raises ValueError if blocks do not fill a row."""
-    if x.shape[-1] % BLOCK[name]:
-        raise ValueError(f"{name} cuts rows into blocks of {BLOCK[name]}, which do not divide "
-                         f"{x.shape[-1]}")
-    largest = x.float().unflatten(-1, (-1, BLOCK[name])).abs().amax(dim=-1)
-    if name == "mxfp4":  # largest = m 2^e with 0.5 <= m < 1; largest / scale is then in [4, 8)
+class Blocks:
+    """What both have in common. scale, code and round are used like those of Int in quantize.py."""
+
+    code = staticmethod(e2m1)
+
+    def scale(self, x, per_token: bool = False):
+        """Scales [..., n / group] in fp32 for x [..., n], which is one tensor; per_token: every
+        vector is one. Raises ValueError if blocks do not fill a row."""
+        if x.shape[-1] % self.group:
+            raise ValueError(f"{self.name} cuts rows into blocks of {self.group}, which do not "
+                             f"divide {x.shape[-1]}")
+        largest = x.float().unflatten(-1, (-1, self.group)).abs().amax(dim=-1)
+        return self.scale_for(largest, per_token)
+
+    def round(self, x, head_dim: int = 0):
+        """Round x [..., C] in blocks, each token's vector on its own. Heads have no scales here."""
+        scale = self.scale(x, per_token=True)[..., None]
+        blocks = x.float().unflatten(-1, (-1, self.group))
+        return (scale * e2m1(blocks / scale)).flatten(-2).to(x.dtype)
+
+
+class Mxfp4(Blocks):
+    name = "mxfp4"
+    group = 32
+
+    def scale_for(self, largest, per_token):
+        # largest = m 2^e with 0.5 <= m < 1; largest / scale is then in [4, 8)
         exponent = torch.where(largest > 0, torch.frexp(largest).exponent - 3, -127)
         return torch.ldexp(torch.ones_like(largest), exponent.clamp(-127, 127))
-    tensor = largest.amax(dim=-1, keepdim=True) if per_token else largest.max()
-    tensor = (tensor / (6 * E4M3_MAX)).clamp(min=1e-30)
-    block = (largest / 6 / tensor).clamp(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)
-    return block.float() * tensor
 
-
-def round_blocks(x, name: str):
-    """Round x [..., C] in blocks, each token's vector on its own."""
-    scale = block_scale(x, name, per_token=True)[..., None]
-    blocks = x.float().unflatten(-1, (-1, BLOCK[name]))
-    return (scale * e2m1(blocks / scale)).flatten(-2).to(x.dtype)
-
-
-def stored_scale(scale, name: str):
-    """Scales [out, n / block] of a weight as a file holds them: (a byte each, the tensor's)."""
-    if name == "mxfp4":
+    def stored(self, scale):
+        """Scales [out, n / 32] of a weight as a file holds them: (a byte each, the tensor's)."""
         return (torch.frexp(scale).exponent + 126).to(torch.uint8), torch.ones(())
-    # The largest is 448 times the tensor's, up to rounding; undo that.
-    guess = scale.max() / E4M3_MAX
-    for tensor in (guess, guess.nextafter(guess.new_zeros(())), guess.nextafter(2 * guess)):
-        block = (scale / tensor).to(torch.float8_e4m3fn)
-        if torch.equal(block.float() * tensor, scale):
-            return block.view(torch.uint8), tensor
-    raise ValueError("these are not scales of NVFP4")
 
-
-def read_scale(stored, tensor, name: str):
-    """What stored_scale() was given, bit for bit."""
-    if name == "mxfp4":
+    def read(self, stored, tensor):
+        """What stored() was given, bit for bit."""
         return torch.ldexp(torch.ones(stored.shape), stored.int() - 127)
-    return stored.view(torch.float8_e4m3fn).float() * tensor
+
+
+class Nvfp4(Blocks):
+    name = "nvfp4"
+    group = 16
+
+    def scale_for(self, largest, per_token):
+        tensor = largest.amax(dim=-1, keepdim=True) if per_token else largest.max()
+        tensor = (tensor / (6 * E4M3_MAX)).clamp(min=1e-30)
+        block = (largest / 6 / tensor).clamp(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)
+        return block.float() * tensor
+
+    def stored(self, scale):
+        guess = scale.max() / E4M3_MAX  # the largest is 448 times the tensor's, up to rounding
+        for tensor in (guess, guess.nextafter(guess.new_zeros(())), guess.nextafter(2 * guess)):
+            block = (scale / tensor).to(torch.float8_e4m3fn)
+            if torch.equal(block.float() * tensor, scale):
+                return block.view(torch.uint8), tensor
+        raise ValueError("these are not scales of NVFP4")
+
+    def read(self, stored, tensor):
+        return stored.view(torch.float8_e4m3fn).float() * tensor
+
+
+BLOCK_FORMATS = {"mxfp4": Mxfp4(), "nvfp4": Nvfp4()}

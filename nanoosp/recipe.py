@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from nanoosp.options import option
 
 METHODS = ("rtn", "had", "gptq", "quarot", "spinquant")  # each does what those before it do
-BLOCK = {"mxfp4": 32, "nvfp4": 16}  # values that share a scale (nanoosp/formats.py)
-FORMATS = ("int", *BLOCK)
+FORMATS = ("int", "mxfp4", "nvfp4")  # the last two are in nanoosp/formats.py
 
 
 @dataclass(frozen=True)
@@ -32,23 +31,34 @@ class Recipe:
             raise ValueError(f"unknown method {self.method!r}: use one of {', '.join(METHODS)}")
         if self.format not in FORMATS:
             raise ValueError(f"unknown format {self.format!r}: use one of {', '.join(FORMATS)}")
-        if self.format != "int" and not {self.w, self.a} <= {4, 16}:
-            raise ValueError(f"{self.format} is a format of 4 bits: in {self.bits}, W and A must be "
-                             "4 or 16")
-        if self.format != "int" and (self.group or self.symmetric or not self.clip):
-            raise ValueError(f"{self.format} has scales of its own: leave out --w-group, --symmetric "
-                             "and --no-clip")
+        if self.format != "int":
+            if not {self.w, self.a} <= {4, 16}:
+                raise ValueError(f"{self.format} is a format of 4 bits: in {self.bits}, W and A must "
+                                 "be 4 or 16")
+            if self.group or self.symmetric or not self.clip:
+                raise ValueError(f"{self.format} has scales of its own: leave out --w-group, "
+                                 "--symmetric and --no-clip")
         if self.center_embed and not self.does("quarot"):
             raise ValueError(f"only quarot and spinquant can center embeddings, not {self.method}")
         for name in ("group", "steps", "lr", "seed"):
             if not 0 <= getattr(self, name) < 2**63:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
 
-    w, a, kv = (property(lambda self, i=i: int(self.bits.split("-")[i])) for i in range(3))
-
     def __str__(self) -> str:
         """"gptq 4-4-4", "rtn 4-4-4 mxfp4"."""
-        return f"{self.method} {self.bits}" + ("" if self.format == "int" else f" {self.format}")
+        return f"{self.method} {self.bits} {self.format}".removesuffix(" int")
+
+    @property
+    def w(self) -> int:  # bits of weights
+        return int(self.bits.split("-")[0])
+
+    @property
+    def a(self) -> int:  # of activations
+        return int(self.bits.split("-")[1])
+
+    @property
+    def kv(self) -> int:  # of keys and values
+        return int(self.bits.split("-")[2])
 
     def does(self, method: str) -> bool:  # a method includes those before it
         return METHODS.index(self.method) >= METHODS.index(method)

@@ -1,6 +1,7 @@
 """CUDA graphs: kernels that are recorded once and then started together, with a single call. For a
 small model Python takes longer to start each kernel than it runs."""
 
+import functools
 import warnings
 
 import torch
@@ -18,29 +19,42 @@ def record_training(model, rows: int, n_tokens: int):
 
 
 class Recorded:
-    """function(*tensors) -> tensors, recorded on CUDA at the first call.
+    """function(*tensors, *others) -> tensors, recorded on CUDA once for all tensors of these shapes and these others,
+    which must be hashable. Elsewhere it is the function itself. Also a decorator.
 
-    Later calls must bring tensors of the same shapes. Each call overwrites the last one's results.
-    Elsewhere it is the function itself.
+    Each call overwrites the results of the last one with the same shapes and others.
     """
 
     def __init__(self, function):
-        self.function, self.graph = function, None
+        functools.update_wrapper(self, function)
+        self.function = function
+        self.graphs = {}
 
-    def __call__(self, *tensors):
+    def __call__(self, *args):
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        others = args[len(tensors):]
         if not tensors[0].is_cuda:
-            return self.function(*tensors)
-        if self.graph is None:
-            self.inputs = [tensor.clone() for tensor in tensors]
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # not recorded: what is compiled or chosen is so here
-                self.function(*self.inputs)
-            torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.results = self.function(*self.inputs)
-        for mine, given in zip(self.inputs, tensors):
+            return self.function(*args)
+        key = others, *((x.shape, x.dtype, x.device) for x in tensors)
+        if key not in self.graphs:
+            if len(self.graphs) == 8:  # they take memory: forget the oldest
+                del self.graphs[next(iter(self.graphs))]
+            self.graphs[key] = self.record(tensors, others)
+        graph, inputs, results = self.graphs[key]
+        for mine, given in zip(inputs, tensors):
             mine.copy_(given)
-        self.graph.replay()
-        return self.results
+        graph.replay()
+        return results
+
+    def record(self, tensors, others):
+        """(graph, tensors that it reads, tensors that it writes)"""
+        inputs = [tensor.clone() for tensor in tensors]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # not recorded: what is compiled or chosen is so here
+            self.function(*inputs, *others)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = self.function(*inputs, *others)
+        return graph, inputs, results

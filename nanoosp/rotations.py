@@ -9,8 +9,10 @@ import math
 from contextlib import contextmanager
 
 import torch
+from torch.func import functional_call
 from tqdm import tqdm
 
+from nanoosp.batches import windows_at_once
 from nanoosp.hadamard import hadamard, hadamard_transform
 
 SPIN_BATCH, SPIN_STEPS, SPIN_LR = 8, 100, 1.5  # sequences a step, steps, first rate: SpinQuant's
@@ -83,20 +85,28 @@ def cayley_step(R, G, lr: float):
     return torch.linalg.solve(identity - turn, (identity + turn) @ R.mT).mT
 
 
-def rotation_gradients(loss_of, weights: dict, R1, R2, windows):
+def loss_of(model, weights: dict, windows):
+    """The loss of `model`, if its weights were these. On CUDA gradients are computed in bf16, while
+    evaluations stay in fp32."""
+    in_bf16 = windows.is_cuda and torch.is_grad_enabled()
+    model.compute_dtype = torch.bfloat16 if in_bf16 else torch.float32
+    return functional_call(model, weights, (windows[:, :-1], windows[:, 1:]))
+
+
+def rotation_gradients(model, weights: dict, R1, R2, windows):
     """(loss, gradient of R1, gradient of R2) for rotated weights on windows [n, T + 1].
 
-    loss_of(weights, windows) is the loss of the rounded model. The windows pass in parts, whose
-    gradients add up at the rotated weights. From there they go on to R1 and R2 one weight after the
-    other: the intermediate results of all rotations at once would not fit into memory.
+    The windows pass through the rounded `model` in parts, whose gradients add up at the rotated
+    weights. From there they go on to R1 and R2 one weight after the other: the intermediate results
+    of all rotations at once would not fit into memory.
     """
     R1, R2 = R1.detach().requires_grad_(), R2.detach().requires_grad_()
     with torch.no_grad():
         rotated = rotated_weights(weights, R1, R2, dtype=torch.float32)
     leaves = {name: W.requires_grad_() for name, W in rotated.items() if not name.endswith("gain")}
     total = 0.0
-    for part in windows.split(max(1, 4096 // (windows.shape[1] - 1))):
-        loss = loss_of(rotated, part) * len(part) / len(windows)
+    for part in windows.split(windows_at_once(windows.shape[1] - 1)):
+        loss = loss_of(model, rotated, part) * len(part) / len(windows)
         loss.backward()
         total += loss.item()
     for name, leaf in leaves.items():
@@ -105,32 +115,35 @@ def rotation_gradients(loss_of, weights: dict, R1, R2, windows):
     return total, R1.grad, R2.grad
 
 
-def learn_rotations(loss_of, weights: dict, R1, R2, windows, steps=SPIN_STEPS, lr=SPIN_LR):
-    """The rotations (R1, R2), from those given, that keep loss_of(rotated weights, windows) lowest.
+def learn_rotations(model, R1, R2, windows, steps=SPIN_STEPS, lr=SPIN_LR):
+    """The rotations (R1, R2), from those given, that keep the loss of `model` lowest, which rounds
+    activations, keys and values and already has R4. It is left in another compute_dtype.
 
     Of `windows` [n, T + 1] the first few only judge, every ten steps, and the best rotations so far
     are returned: small models may well get worse in between. The learning rate falls from `lr` to 0
     along a cosine. Raises ValueError if there are too few windows.
     """
+    windows = windows.to(R1.device)
     held_out, windows = windows[:SPIN_BATCH], windows[SPIN_BATCH:]
     if not len(windows):
         raise ValueError(f"SpinQuant needs more than {SPIN_BATCH} sequences of calibration, not "
                          f"{len(held_out)}")
+    weights = model.state_dict()
     best, least = (R1, R2), math.inf
     bar = tqdm(range(steps + 1), "SpinQuant", leave=False, disable=None)
     for step in bar:
         if step % 10 == 0 or step == steps:
             with torch.no_grad():
                 rotated = rotated_weights(weights, R1, R2, dtype=torch.float32)
-                parts = held_out.split(max(1, 2048 // held_out.shape[1]))
-                losses = [loss_of(rotated, part) * len(part) for part in parts]
+                parts = held_out.split(windows_at_once(2 * held_out.shape[1]))
+                losses = [loss_of(model, rotated, part) * len(part) for part in parts]
                 loss = (sum(losses) / len(held_out)).item()
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             if loss < least:
                 best, least = (R1, R2), loss
         if step < steps:
             batch = windows[torch.arange(step * SPIN_BATCH, (step + 1) * SPIN_BATCH) % len(windows)]
-            _, G1, G2 = rotation_gradients(loss_of, weights, R1, R2, batch)
+            _, G1, G2 = rotation_gradients(model, weights, R1, R2, batch)
             clip = (1 / torch.sqrt(G1.square().sum() + G2.square().sum())).clamp(max=1)  # norm <= 1
             rate = lr * (1 + math.cos(math.pi * step / steps)) / 2
             R1, R2 = cayley_step(R1, clip * G1, rate), cayley_step(R2, clip * G2, rate)

@@ -54,7 +54,7 @@ answer_before_torch("results/tables.py", Options)
 
 from nanoosp.recipe import FORMATS  # noqa: E402
 from nanoosp.summary import table  # noqa: E402
-from tools.ablation import ablation_table, mean_and_spread, with_rate  # noqa: E402
+from tools.report import ablation_table, mean_and_spread, with_rate  # noqa: E402
 from results.ffn_hidden.trace import VARIANTS  # noqa: E402
 
 METHODS = ("rtn", "had", "gptq", "quarot", "spinquant")

@@ -20,7 +20,7 @@ from model import Config, Transformer
 from quantize import Recipe, quantize
 from tools import evaluate
 from tools.loading import load
-from tools.report import describe_tasks, tasks_table
+from tools.report import describe_tasks, scores_table
 from tools.tasks import (
     Task,
     encode_pair,
@@ -308,7 +308,7 @@ def test_the_average_counts_two_tasks_of_one_benchmark_once():
     assert result["benchmarks"] == {"ARC": 0.75, "PIQA": 0} and result["average"] == 0.375
     text = describe_tasks("m", result)
     assert "arc_challenge" in text and "average of 2" in text
-    head, line = tasks_table([("m", result)]).splitlines()
+    head, line = scores_table([result | {"target": "m"}]).splitlines()
     assert head.split()[2:] == ["ARC", "PIQA", "average"]
     assert line.split() == ["m", "75.0", "0.0", "37.5"]
 

@@ -18,19 +18,18 @@ from eval import (
     evaluate,
     excess_kurtosis,
     gaussian_floor,
-    generate,
     kurtosis_as_published,
     published_floor,
     published_kurtosis,
     sites,
-    states_of_a_window,
-    strongest_sink,
 )
 from model import Config, Transformer
 from tools import export
 from tools.evaluate import main as evaluate_main
+from tools.evaluate import measure_everywhere
 from tools.loading import load
-from tools.report import strongest_state
+from tools.report import strongest_sink, strongest_state
+from tools.writing import generate
 
 SMALL = Config(n_layer=2, n_head=2, n_embd=32, vocab_size=256)
 
@@ -53,7 +52,7 @@ def model_with(seed=0, **changes):
 
 
 def measure(model, data, batch_size=8):
-    return evaluate(model, data, batch_size=batch_size, everywhere=True)
+    return measure_everywhere(model, data, batch_size)
 
 
 # Without a network
@@ -163,6 +162,8 @@ def test_a_planted_channel_is_found_where_it_was_planted(val):
 
 
 def test_the_window_of_a_figure_is_the_residual_stream_in_all_its_states(val):
+    from tools.plot import states_of_a_window
+
     model, found = model_with(), []
     window = torch.from_numpy(val.windows(val.evaluation_windows(1)))[:, :-1]
     handle = model.blocks[1].register_forward_hook(lambda m, i, x: found.append(x[0]))
@@ -197,21 +198,26 @@ def test_a_planted_sink_is_found_in_its_head_only(val):
 
 
 def test_the_histogram_of_logits_counts_every_pair_once(val):
+    from tools.plot import logits_of_head
+
     T = 32
-    sinks = attention_sinks(model_with(), val, n_windows=3, histogram=(0, 1))
-    assert [sum(c) for c in sinks["counts"]] == [3 * (T - 1), 3 * (T - 1) * T // 2]
-    assert len(sinks["counts"][0]) == len(sinks["bins"]) - 1
+    logits = logits_of_head(model_with(), val, 0, 1, n_windows=3)
+    assert [sum(c) for c in logits["counts"]] == [3 * (T - 1), 3 * (T - 1) * T // 2]
+    assert len(logits["counts"][0]) == len(logits["bins"]) - 1
 
 
 def test_everything_can_be_measured_in_bfloat16(val):
+    from tools.plot import logits_of_head
+
     half, model = model_with(), model_with()
     half.compute_dtype = torch.bfloat16
     a, b = (measure(m, val) for m in (half, model))
     assert a["val_loss"] != b["val_loss"]
     assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-2)
-    a, b = (attention_sinks(m, val, histogram=(0, 1)) for m in (half, model))
+    a, b = (attention_sinks(m, val) for m in (half, model))
     assert np.allclose(a["share"], b["share"], atol=1e-3)
     assert np.allclose(a["outside"], b["outside"], atol=1e-2)
+    a, b = (logits_of_head(m, val, 0, 1) for m in (half, model))
     assert sum(a["counts"][1]) == sum(b["counts"][1])
 
 
@@ -292,11 +298,24 @@ def test_text_blocks_follow_the_wikitext_protocol():
 # Sampling
 
 
+class Uncached:
+    """A model that reads all tokens again for each new one."""
+
+    def __init__(self, model):
+        self.model, self.parameters = model, model.parameters
+
+    def new_cache(self):
+        return []
+
+    def __call__(self, tokens, cache):
+        cache.append(tokens)
+        return self.model(torch.cat(cache, dim=1))
+
+
 def test_greedy_text_is_the_same_with_and_without_the_cache(run_dir):
     model = load(run_dir).model
     for prompt in ([97], list(b"abc def ghi " * 5)):  # also longer than the window
-        texts = [list(generate(model, prompt, 80, 32, temperature=0, use_cache=cached))
-                 for cached in (True, False)]
+        texts = [list(generate(m, prompt, 80, 32, temperature=0)) for m in (model, Uncached(model))]
         assert texts[0] == texts[1] and len(texts[0]) == 80
 
 
@@ -306,7 +325,7 @@ def test_a_full_window_forgets_no_more_than_it_must(run_dir, window, n):
     less than half a window, or more than a whole one."""
     model, prompt, seen = load(run_dir).model, list(b"abc def ghi " * 5), []
     hook = model.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0].shape[1]))
-    written = list(generate(model, prompt, n, window, temperature=0, use_cache=False))
+    written = list(generate(Uncached(model), prompt, n, window, temperature=0))
     hook.remove()
     assert seen[-1] <= max(seen) <= window and min(seen) >= window - window // 2
     if len(prompt) + n - 1 <= window:

@@ -14,6 +14,7 @@ import quantize as Q
 from data.dataset import Dataset
 from model import Config, Transformer
 from nanoosp.files import read_archive, read_text
+from nanoosp.recipe import METHODS
 from quantize import Recipe, per_column, quantize
 from tools import evaluate as evaluate_tool
 from tools import export
@@ -113,7 +114,7 @@ def test_the_size_that_is_printed_is_that_of_the_file_beside_the_target_in_bf16(
 
 
 def test_the_command_line_writes_what_quantize_gives(run_dir, dataset_dir, tmp_path, capsys):
-    for method in Q.METHODS:
+    for method in METHODS:
         (tmp_path / "q.pt").unlink(missing_ok=True)
         steps = ["--steps", "3"] if method == "spinquant" else []
         export.main([str(run_dir), "--method", method, *steps, "--out", str(tmp_path / "q.pt")])
@@ -350,13 +351,13 @@ def test_eval_refuses_impossible_bits_and_methods(run_dir, capsys):
 @pytest.mark.parametrize("json_too", [[], ["--json"]])
 def test_what_a_sweep_has_measured_is_on_the_screen_when_it_is_interrupted(
         json_too, run_dir, capsys, monkeypatch):
-    losses = iter((5.0, 5.25))
+    exactly, losses = evaluate_tool.mean_loss, iter((None, 5.0, 5.25))
 
     def interrupted_third(*args, **kwargs):
-        loss = next(losses, None)
-        if loss is None:
+        loss = next(losses, "interrupted")
+        if loss == "interrupted":
             raise KeyboardInterrupt
-        return torch.tensor(loss)
+        return exactly(*args, **kwargs) if loss is None else torch.tensor(loss)
 
     monkeypatch.setattr(evaluate_tool, "mean_loss", interrupted_third)
     with pytest.raises(SystemExit) as error:

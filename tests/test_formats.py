@@ -8,25 +8,16 @@ from conftest import CONFIGS, SMALL, distance, randomized
 
 from model import Config
 from nanoosp.files import read_archive
-from nanoosp.formats import (
-    BLOCK,
-    E2M1,
-    E4M3_MIN,
-    block_scale,
-    e2m1,
-    read_scale,
-    round_blocks,
-    stored_scale,
-)
-from quantize import Recipe, attach_rounding, linears, nearest_code, per_column, quantize
+from nanoosp.formats import BLOCK_FORMATS, E2M1, E4M3_MIN, e2m1
+from quantize import Recipe, attach_rounding, linears, per_column, quantize
 from tools.packed import from_integer, pack, packed_model, save_packed, to_integer, unpack
 
-FORMATS = list(BLOCK)
+FORMATS = list(BLOCK_FORMATS)
 NUMBERS = torch.tensor(E2M1)
 
 
 def rounded(W, name):
-    scale = per_column(block_scale(W, name), W.shape[1])
+    scale = per_column(BLOCK_FORMATS[name].scale(W), W.shape[1])
     return scale * e2m1(W / scale)
 
 
@@ -74,7 +65,7 @@ def test_mxfp4_is_torchaos(kind):
     scale, data = mx.to_mx(W, torch.float4_e2m1fn_x2, 32)
     theirs = mx.to_dtype(data.view(torch.uint8), scale, torch.float4_e2m1fn_x2, 32, torch.float32)
     assert torch.equal(rounded(W, "mxfp4"), theirs)
-    assert torch.equal(block_scale(W, "mxfp4").log2() + 127, scale.view(torch.uint8).float())
+    assert torch.equal(BLOCK_FORMATS["mxfp4"].scale(W).log2() + 127, scale.view(torch.uint8).float())
 
 
 @pytest.mark.parametrize("kind", samples())
@@ -83,7 +74,7 @@ def test_nvfp4_is_torchaos(kind):
     W = samples()[kind]
     tensor = nv.per_tensor_amax_to_scale(W.abs().max())
     block, data = nv.nvfp4_quantize(W, 16, tensor)
-    ours = block_scale(W, "nvfp4")
+    ours = BLOCK_FORMATS["nvfp4"].scale(W)
     # torchao has no block scale under 2^-6 of the tensor's; the format has, and we use them
     same = ours / tensor >= 2**-6
     assert torch.equal(ours[same], (block.float() * tensor)[same])
@@ -105,7 +96,7 @@ def test_a_block_is_hurt_by_its_own_outlier_only(name):
     calm = rounded(W, name)
     W[:, 5] = 300
     loud = rounded(W, name)
-    n = BLOCK[name]
+    n = BLOCK_FORMATS[name].group
     if name == "mxfp4":
         assert torch.equal(loud[:, n:], calm[:, n:])
     assert distance(loud[:, n:], W[:, n:]) < 0.2 < distance(loud[:, 6:n], W[:, 6:n])
@@ -113,7 +104,7 @@ def test_a_block_is_hurt_by_its_own_outlier_only(name):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_extremes_of_one_block(name):
-    n = BLOCK[name]
+    n = BLOCK_FORMATS[name].group
     assert not rounded(torch.zeros(2, n), name).any()
     W = torch.zeros(1, n)
     W[0, 0] = 5.0
@@ -124,26 +115,26 @@ def test_the_extremes_of_one_block(name):
         assert (got - 1).abs().max() < 0.25 or name == "nvfp4" and value < 1  # its scale has a floor
     mixed = torch.zeros(1, 2 * n)
     mixed[0, 0], mixed[0, n] = 1.0, 1e-6  # a block far below the tensor's largest
-    assert block_scale(mixed, "nvfp4").min() > 0 and rounded(mixed, name).isfinite().all()
+    assert BLOCK_FORMATS["nvfp4"].scale(mixed).min() > 0 and rounded(mixed, name).isfinite().all()
 
 
 def test_mxfp4_cuts_off_what_is_beyond_six_steps_of_its_power_of_two():
     W = torch.zeros(1, 32)
     W[0, :2] = torch.tensor([7.9, 3.1])
-    assert block_scale(W, "mxfp4") == 1 and rounded(W, "mxfp4")[0, :2].tolist() == [6, 3]
+    assert BLOCK_FORMATS["mxfp4"].scale(W) == 1 and rounded(W, "mxfp4")[0, :2].tolist() == [6, 3]
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_scales_are_stored_in_a_byte_each_and_read_back_bit_for_bit(name):
     for kind, W in samples().items():
-        scale = block_scale(W, name)
-        stored, tensor = stored_scale(scale, name)
+        scale = BLOCK_FORMATS[name].scale(W)
+        stored, tensor = BLOCK_FORMATS[name].stored(scale)
         assert stored.dtype == torch.uint8 and tensor.ndim == 0, kind
-        assert torch.equal(read_scale(stored, tensor, name), scale), kind
+        assert torch.equal(BLOCK_FORMATS[name].read(stored, tensor), scale), kind
     for seed in range(400):
         torch.manual_seed(seed)
-        scale = block_scale(torch.randn(16, 64) * 10 ** (3 * torch.randn(())), name)
-        assert torch.equal(read_scale(*stored_scale(scale, name), name), scale)
+        scale = BLOCK_FORMATS[name].scale(torch.randn(16, 64) * 10 ** (3 * torch.randn(())))
+        assert torch.equal(BLOCK_FORMATS[name].read(*BLOCK_FORMATS[name].stored(scale)), scale)
 
 
 def test_codes_of_e2m1_fill_a_nibble_and_come_back():
@@ -155,10 +146,10 @@ def test_codes_of_e2m1_fill_a_nibble_and_come_back():
 def test_tokens_are_rounded_each_for_itself(name):
     torch.manual_seed(0)
     x = torch.randn(2, 5, 64)
-    alone = torch.stack([round_blocks(row[None], name)[0] for row in x.flatten(0, 1)]).view(2, 5, 64)
-    assert torch.equal(round_blocks(x, name), alone)
-    assert torch.equal(round_blocks(x, name)[0], rounded(x[0], name)) or name == "nvfp4"
-    assert round_blocks(x.bfloat16(), name).dtype == torch.bfloat16
+    alone = torch.stack([BLOCK_FORMATS[name].round(row[None])[0] for row in x.flatten(0, 1)]).view(2, 5, 64)
+    assert torch.equal(BLOCK_FORMATS[name].round(x), alone)
+    assert torch.equal(BLOCK_FORMATS[name].round(x)[0], rounded(x[0], name)) or name == "nvfp4"
+    assert BLOCK_FORMATS[name].round(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("method", ["rtn", "had", "gptq", "quarot"])
@@ -169,8 +160,8 @@ def test_every_method_keeps_to_the_numbers_of_the_format(name, method, tokens, t
     q = quantize(model, recipe, torch.randint(96, (12, 25)))
     for linear_name, linear in linears(q).items():
         scale = q.scales[linear_name]
-        assert scale.shape == (linear.out_features, linear.in_features // BLOCK[name])
-        codes = nearest_code(linear.weight / per_column(scale, linear.in_features), recipe)
+        assert scale.shape == (linear.out_features, linear.in_features // BLOCK_FORMATS[name].group)
+        codes = e2m1(linear.weight / per_column(scale, linear.in_features))
         assert set(codes.abs().unique().tolist()) <= set(E2M1)
         assert torch.equal(per_column(scale, linear.in_features) * codes, linear.weight)
     save_packed(q, tmp_path / "q.pt", dict(seed=0), dict(tokenizer="bytes"))

@@ -15,11 +15,11 @@ import train
 from data.prepare import prepare
 from data.tokenizer import (encode, halves, json_from_encoding, separator, tokenizer, tokenizer_of,
                             without_token)
-from eval import generate
 from nanoosp.checkpoint import load_checkpoint
 from tools import evaluate, export
 from tools.huggingface import load_llama, save_llama
 from tools.loading import load
+from tools.writing import generate
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

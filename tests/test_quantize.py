@@ -10,8 +10,9 @@ from conftest import CONFIGS, SMALL, distance, randomized
 import quantize as Q
 from model import hooked
 from nanoosp.hadamard import hadamard_transform
+from nanoosp.recipe import METHODS
 from quantize import (
-    METHODS,
+    Int,
     Recipe,
     attach_rounding,
     gptq,
@@ -19,18 +20,27 @@ from quantize import (
     linears,
     per_column,
     quantize,
-    round_heads,
-    round_tokens,
-    weight_scale,
 )
 
 
+def weight_scale(W, bits, clip=True, group=0):
+    return Int(bits, clip, group).scale(W)
+
+
 def weight_codes(W, scale, bits):
-    return Q.weight_codes(W, scale, Recipe(f"{bits}-16-16"))
+    return Int(bits).code(W / per_column(scale, W.shape[1]))
+
+
+def round_tokens(x, bits, symmetric=False):
+    return Int(bits, symmetric=symmetric).round(x)
+
+
+def round_heads(x, bits, head_dim, symmetric=False):
+    return Int(bits, symmetric=symmetric).round(x, head_dim)
 
 
 def gptq_codes(W, H, scale, bits, block=128):
-    return gptq(W, H, scale, Recipe(f"{bits}-16-16"), block)
+    return gptq(W, H, scale, Int(bits), block)
 
 
 # Weights
@@ -285,14 +295,14 @@ def test_gptq_goes_through_the_groups_in_order_each_with_those_before_it_rounded
         calibration, monkeypatch):
     model, calls = randomized(replace(SMALL, n_kv_head=2)), []
 
-    def note(W, H, scale, recipe):
+    def note(W, H, scale, format):
         calls.append((W, H))
-        return gptq(W, H, scale, recipe)
+        return gptq(W, H, scale, format)
 
     monkeypatch.setattr(Q, "gptq", note)
     q = quantize(model, Recipe("4-16-16", "gptq"), calibration)
-    order = (["attn.k_proj", "attn.v_proj", "attn.q_proj"], ["attn.o_proj"],
-             ["ffn.up_proj", "ffn.gate_proj"], ["ffn.down_proj"])
+    order = (["attn.q_proj", "attn.k_proj", "attn.v_proj"], ["attn.o_proj"],
+             ["ffn.gate_proj", "ffn.up_proj"], ["ffn.down_proj"])
     exact = quantize(model, Recipe("16-16-16", "had"))
     groups = [(block, names) for block in exact.blocks for names in order]
     for (W, _), (block, names) in zip(calls, groups, strict=True):
@@ -323,7 +333,7 @@ def test_gptq_is_closer_to_the_model_than_rounding_on_calibration(calibration):
 def test_gptq_names_the_linear_it_fails_at(calibration):
     model = randomized()
     model.blocks[1].attn_norm.gain[0] = 3e38  # finite, but what it multiplies is not
-    with pytest.raises(ArithmeticError, match="blocks.1.attn.k_proj.*Cholesky"):
+    with pytest.raises(ArithmeticError, match="blocks.1.attn.q_proj.*Cholesky"):
         quantize(model, Recipe("4-4-4", "gptq"), calibration)
     for method in METHODS:
         model.blocks[1].attn_norm.gain[0] = math.nan

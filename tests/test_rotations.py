@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from conftest import CONFIGS, distance, randomized
-from torch.func import functional_call
 
 from model import Config
 from nanoosp.hadamard import hadamard, hadamard_factors, hadamard_transform, williamson_172
@@ -130,44 +129,39 @@ def test_a_cayley_step_is_its_formula_turns_downhill_and_stays_a_rotation():
 
 
 def learner(trained, bits):
-    """(the model, what quantize() gives to learn_rotations, the hooks that round meanwhile)"""
+    """(a model that rounds as in `bits`, rotations to start from, windows)"""
     model, windows = trained
     model = model.fold().requires_grad_(False)
     attach_ffn_hadamard(model)
-    handles = attach_rounding(model, Recipe(bits), straight_through=True)
-
-    def loss_of(weights, windows):
-        return functional_call(model, weights, (windows[:, :-1], windows[:, 1:]))
-
-    start = random_rotations(model.config)
-    return model, loss_of, model.state_dict(), start, windows, handles
+    attach_rounding(model, Recipe(bits), straight_through=True)
+    return model, random_rotations(model.config), windows
 
 
 def test_only_rotations_get_gradients_and_parts_of_a_batch_add_up(trained):
-    model, loss_of, weights, (R1, R2), windows, handles = learner(trained, "16-4-4")
-    loss, G1, G2 = rotation_gradients(loss_of, weights, R1, R2, windows[:8])
+    model, (R1, R2), windows = learner(trained, "16-4-4")
+    weights = model.state_dict()
+    loss, G1, G2 = rotation_gradients(model, weights, R1, R2, windows[:8])
     assert G1.shape == R1.shape and G2.shape == R2.shape
     assert G1.abs().max() > 0 and G2.abs().max() > 0
     assert all(p.grad is None for p in model.parameters()) and not R1.requires_grad
-    parts = [rotation_gradients(loss_of, weights, R1, R2, w) for w in windows[:8].split(2)]
+    parts = [rotation_gradients(model, weights, R1, R2, w) for w in windows[:8].split(2)]
     for i, whole in enumerate((loss, G1, G2)):
         mean = torch.as_tensor(sum(part[i] for part in parts) / 4)
         assert torch.allclose(torch.as_tensor(whole), mean, atol=1e-5)
-    for handle in handles:
-        handle.remove()
-    _, G, _ = rotation_gradients(loss_of, weights, R1, R2, windows[:8])
+    exact = learner(trained, "16-16-16")[0]
+    _, G, _ = rotation_gradients(exact, weights, R1, R2, windows[:8])
     W = R1.T @ G  # nothing is rounded: nothing to turn
     assert (W - W.T).norm() < 1e-3 * G1.norm()
 
 
 def test_learned_rotations_stay_rotations_and_lower_the_loss_they_were_learned_on(trained):
-    _, loss_of, weights, start, windows, _ = learner(trained, "16-3-3")
+    model, start, windows = learner(trained, "16-3-3")
     windows = torch.cat([windows[:8], windows[:8]])  # judged by what they are learned on
-    best = learn_rotations(loss_of, weights, *start, windows)
+    best = learn_rotations(model, *start, windows)
     assert not torch.equal(best[0], start[0])
     for R in (best[0], *best[1]):
         assert (R @ R.T - torch.eye(len(R))).abs().max() < 1e-5
-    before, after = (rotation_gradients(loss_of, weights, *R, windows[:8])[0]
+    before, after = (rotation_gradients(model, model.state_dict(), *R, windows[:8])[0]
                      for R in (start, best))
     assert after < before
 

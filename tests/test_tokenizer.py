@@ -273,7 +273,7 @@ def test_a_prompt_begins_with_bos_which_is_not_shown(theirs, tmp_path, monkeypat
         prompts.append(tokens)
         return iter(library.encode(" cd", add_special_tokens=False).ids)
 
-    monkeypatch.setattr("tools.evaluate.generate", generate)
+    monkeypatch.setattr("tools.writing.generate", generate)
     capsys.readouterr()
     evaluate.main([str(tmp_path / "run"), "--device", "cpu", "--prompt", "ab"])
     assert prompts == [library.encode("ab").ids] and prompts[0][0] == library.token_to_id("<s>")

@@ -103,7 +103,7 @@ def test_a_record_is_what_the_kept_activations_give(dataset_dir):
         assert len(x) == 16 * len(val.evaluation_windows(trace.WINDOWS))
         assert record["hidden_max"][i] == x.abs().max().item()
         assert record["hidden_rms"][i] == pytest.approx(x.square().mean().sqrt().item(), rel=1e-4)
-        error = (trace.round_tokens(x, 4) - x).square().sum() / x.square().sum()
+        error = (trace.Int(4).round(x) - x).square().sum() / x.square().sum()
         assert record["hidden_error_4bit"][i] == pytest.approx(error.item(), rel=1e-4)
         weight = model.blocks[i].ffn.down_proj.weight
         rms = weight.norm().item() / weight.numel() ** 0.5

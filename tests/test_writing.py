@@ -6,10 +6,8 @@ from conftest import CONFIGS, randomized
 
 import quantize
 import train
-from eval import generate
 from tools import evaluate, export
-from tools.evaluate import pace
-from tools.writing import Writer
+from tools.writing import Writer, generate, pace
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs CUDA"))]
@@ -21,7 +19,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
 def test_it_writes_the_same_tokens_also_past_the_window(config, temperature, device):
     model = randomized(config).to(device)
     for prompt, window in (([5], 64), ([1, 2, 3], 24)):
-        simple, fast = (list(generate(m, prompt, 60, window, temperature, seed=3))
+        simple, fast = (list(generate(m, prompt, 60, window, seed=3, temperature=temperature))
                         for m in (model, Writer(model, window)))
         assert fast == simple and len(set(simple)) > (5 if temperature else 0)
 
@@ -29,7 +27,7 @@ def test_it_writes_the_same_tokens_also_past_the_window(config, temperature, dev
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_quantized_model_rounds_what_passes_there_too(device):
     model = quantize.quantize(randomized(CONFIGS[1]).to(device), quantize.Recipe("4-4-4", "had"))
-    simple, fast = (list(generate(m, [1, 2, 3], 40, 64, 0)) for m in (model, Writer(model, 64)))
+    simple, fast = (list(generate(m, [1, 2, 3], 40, 64, temperature=0)) for m in (model, Writer(model, 64)))
     assert fast == simple
 
 

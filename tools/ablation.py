@@ -17,12 +17,12 @@ import json
 import os
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,10 +35,10 @@ from nanoosp.methods import slug
 from nanoosp.options import ROOT, command, fail, flag, parse
 from nanoosp.run_options import resume
 from nanoosp.signals import StopSignal
-from nanoosp.summary import table
 from quantize import Recipe
-from tools.evaluate import measure, measure_quantized
+from tools.evaluate import measure, measure_added, measure_quantized
 from tools.loading import load
+from tools.report import ablation_table
 
 TABLE_2 = [  # optimizer, norm, embproj, hot: the rows of the paper, in its order, and a hot Adam
     ("adam", "rms", False, False),
@@ -255,52 +255,7 @@ def measured(row: Row, device: str) -> dict:
     result = measure(loaded, dataset, as_published=True)
     result |= dict(label=loaded.label + ", hot" * row.hot, lr=loaded.options["lr"])
     recipes = [Recipe("4-4-4", method) for method in ("rtn", "had")]
-    result["quantized"] = measure_quantized(loaded, dataset, None, result["val_loss"], recipes, {})
+    adds = partial(measure_added, dataset=dataset, exact_loss=result["val_loss"])
+    result["quantized"] = measure_quantized(loaded, dict.fromkeys(recipes), adds)
     write_text(path, json.dumps(dict(result, path=str(row.directory))) + "\n")
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-# --------------------------------------------------------------------------------------------------
-# The table
-
-
-def mean_and_spread(values, digits: int) -> str:
-    """Mean ± standard deviation; of a single value, the value."""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
-
-
-def with_rate(result: dict) -> str:
-    """"Adam, hot (0.002)": what was measured, and its learning rate."""
-    return f"{result['label']} ({result['lr']:g})"
-
-
-def ablation_table(results: list[dict]) -> str:
-    """Markdown, one line a configuration: the mean over seeds, and their standard deviation."""
-    groups = {}
-    for result in results:
-        groups.setdefault(with_rate(result), []).append(result)
-    seeds = len(next(iter(groups.values())))
-    head = [
-        f"model (learning rate), {seeds} seed(s)", "validation loss", "bits per byte",
-        f"excess kurtosis (Gaussian {results[0]['kurtosis_floor']:.3f})",
-        f"as published (Gaussian {results[0]['kurtosis_as_published_floor']:.3f})",
-        "largest activation / median", "4-4-4 adds", "with a Hadamard in the FFN",
-    ]
-    lines = []
-    for label, group in groups.items():
-        largest = [max(state["ratio"] for state in r["largest"]) for r in group]
-        bits = [r["bits_per_byte"] for r in group]
-        plain, rotated = ([r["quantized"]["4-4-4"][method]["added"] for r in group]
-                          for method in ("rtn", "had"))
-        lines.append([
-            label,
-            mean_and_spread([r["val_loss"] for r in group], 4),
-            mean_and_spread(bits, 4) if bits[0] else "-",
-            mean_and_spread([r["kurtosis"] for r in group], 3),
-            mean_and_spread([r["kurtosis_as_published"] for r in group], 3),
-            mean_and_spread(largest, 0),
-            mean_and_spread(plain, 4),
-            mean_and_spread(rotated, 4),
-        ])
-    return table(head, lines, markdown=True)

@@ -31,6 +31,7 @@ from nanoosp.machine import peak_memory_gib
 from nanoosp.methods import label
 from nanoosp.options import command, fill, parse
 from nanoosp.ranks import Ranks, say
+from tools.report import describe_speed
 
 UNTIMED = 2  # steps: the first compiles, in the second the memory pools settle
 KERNELS = 20  # that are listed
@@ -53,11 +54,12 @@ def main(argv=None):
         result, kernels = bench(opt, ranks)
         result["wall_s"] = time.perf_counter() - began
         if ranks.first:
-            print(json.dumps(result) if opt.json else f"{report(result)}\n\n{kernels}".rstrip())
+            text = f"{describe_speed(result)}\n\n{kernels}".rstrip()
+            print(json.dumps(result) if opt.json else text)
 
 
 def bench(opt, ranks) -> tuple[dict, str]:
-    """Time opt.steps training steps. Returns (what report() prints, a GPU's table of kernels)."""
+    """Time opt.steps training steps. Returns (what is measured, a GPU's table of kernels)."""
     began, device = time.perf_counter(), ranks.device
     result = {"gpu": None, "ranks": ranks.world}
     peaks = {}
@@ -167,22 +169,3 @@ def longest_kernels(run) -> tuple[list[dict], str]:
                    share=kernel.self_device_time_total / total) for kernel in longest]
     return listed, kernels.table(sort_by="device_time_total", row_limit=KERNELS,
                                  max_name_column_width=90)
-
-
-def report(r: dict) -> str:
-    processes = f"{r['ranks']} process" + "es" * (r["ranks"] > 1)
-    optimizer_share = r["optimizer_ms"] / r["step_ms"]
-    lines = {
-        "speed": f"{r['tokens_per_s']:,.0f} tokens/s, {r['tokens_per_step']:,} tokens a step, "
-                 f"{processes}",
-        "step": f"{r['step_ms']:,.1f} ms: forward and backward {r['forward_backward_ms']:,.1f}, "
-                f"optimizer {r['optimizer_ms']:,.1f} ({optimizer_share:.1%})",
-        "first step": f"{r['first_step_s']:.0f} s after the start, compilation included",
-        "peak memory": f"{r['peak_memory_gib']:.2f} GiB",
-        "model arithmetic": f"{r['model_tflops']:.3g} TFLOP/s for each process",
-    }
-    if "mfu_matmul" in r:
-        lines["MFU"] = f"{r['mfu_matmul']:.1%} of the {r['matmul_tflops']:.0f} TFLOP/s of a product"
-    if "mfu_datasheet" in r:
-        lines[""] = f"{r['mfu_datasheet']:.1%} of the datasheet's for {r['gpu']}"
-    return "\n".join(["", *(f"{name:<19}{text}" for name, text in lines.items())])

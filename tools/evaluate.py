@@ -4,11 +4,12 @@ import json
 import math
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanoosp.options import answer_before_torch, command, fail, flag, option, parse
-from nanoosp.recipe import BLOCK, METHODS, Recipe, RecipeOptions
+from nanoosp.recipe import METHODS, Recipe, RecipeOptions
 
 # The paper's Figure 4: first the weights alone, then the activations alone.
 SWEEP = [f"{w}-16-16" for w in range(8, 2, -1)] + [f"16-{a}-16" for a in range(8, 3, -1)]
@@ -80,7 +81,7 @@ def main(argv=None):
         rows = json.loads(json.dumps(rows), parse_constant=lambda name: None)  # JSON has no NaN
         print(json.dumps(rows))
     elif opt.prompt is None:
-        print(report(rows, opt), end="")
+        print(compare(rows), end="")
 
 
 def check(opt) -> list[Recipe]:
@@ -132,88 +133,21 @@ import torch
 from tqdm import tqdm
 
 import eval as evaluation
-from data.tokenizer import beginning, encode_whole, separator, without_token
-from eval import (
-    attention_sinks,
-    evaluate,
-    generate,
-    kurtosis_as_published,
-    mean_loss,
-    perplexity,
-)
+from eval import (Watch, attention_sinks, gaussian_floor, headline, kurtosis_as_published,
+                  mean_loss, perplexity, sites)
+from nanoosp.batches import windows_at_once
 from nanoosp.machine import peak_memory_gib, pick_device
-from quantize import linears, quantize
+from quantize import format_of, linears, quantize
 from tools.loading import Loaded, load
-from tools.report import (
-    all_scores,
-    comparison,
-    describe,
-    describe_tasks,
-    in_short,
-    quantized_table,
-)
+from tools.report import compare, describe, describe_tasks, in_short
 from tools.tasks import read_tasks, score_tasks
-from tools.writing import Writer
+from tools.writing import write
 
 
 def load_target(path: Path, opt) -> Loaded:
     loaded = load(path, opt.device, opt.int4)
     loaded.model.compute_dtype = getattr(torch, opt.dtype)
     return loaded
-
-
-# --------------------------------------------------------------------------------------------------
-# Writing
-
-
-def write(loaded: Loaded, opt) -> dict:
-    """A row with the text that continues opt.prompt, until it ends or has opt.tokens more. Unless
-    --json, it is printed as it comes."""
-    if opt.dtype == "bfloat16":
-        loaded.model.bfloat16()  # most of the time goes into reading weights
-    encoding, prompt = loaded.encoding, encode_whole(loaded.encoding, opt.prompt).tolist()
-    never = without_token(encoding, loaded.model.config.vocab_size)
-    window, end_ids = opt.seq_len or loaded.window, loaded.end_ids
-    ids = prompt[len(beginning(encoding)) :]  # BOS is not shown
-    n_shown, n_printed, times = len(ids), 0, [time.perf_counter()]
-    start = prompt or [separator(encoding)]  # a tokenizer may have no token for a blank
-    model = loaded.model
-    if opt.device == "cuda":
-        model = Writer(model, min(window, len(start) + opt.tokens), opt.compile)
-    for token in generate(model, start, opt.tokens, window, opt.temperature, opt.top_k, opt.seed,
-                          never=never):
-        times.append(time.perf_counter())
-        if token in end_ids:
-            break
-        ids.append(token)
-        text = encoding.decode(ids)
-        if not opt.json and not text.endswith("\ufffd"):  # half of a character: wait for the rest
-            print(text[n_printed:], end="", flush=True)
-            n_printed = len(text)
-    n = len(ids) - n_shown
-    if not opt.json:
-        print(encoding.decode(ids)[n_printed:], flush=True)
-        print(f"{n} tokens: {pace(times)}, peak memory {peak_memory_gib(opt.device):.2f} GiB",
-              file=sys.stderr)
-    if len(prompt) + n - (n == opt.tokens) > window:  # the last of opt.tokens is not read
-        print(f"prompt ({len(prompt):,} tokens) and text ({n:,}) exceed the window of {window:,}: "
-              "the oldest were forgotten", file=sys.stderr)
-    return dict(target=loaded.name, text=encoding.decode(ids))
-
-
-def pace(times: list) -> str:
-    """How fast tokens came. `times`: the start and when each was there. Two take long: the first
-    reads the prompt; at the second, on CUDA, the step is compiled and recorded."""
-    waits = [after - before for before, after in zip(times, times[1:])]
-    said = [f"the {name} after {sum(waits[: i + 1]):.2f} s"
-            for i, name in enumerate(("first", "second")) if i < len(waits)]
-    if len(waits) > 2:
-        said.append(f"the rest at {len(waits[2:]) / sum(waits[2:]):,.1f} tokens/s")
-    return ", ".join(said)
-
-
-# --------------------------------------------------------------------------------------------------
-# Measuring
 
 
 def measure_all(opt, recipes: list[Recipe]) -> list[dict]:
@@ -254,20 +188,28 @@ def measure_target(loaded: Loaded, dataset, tasks: list, recipes: list[Recipe], 
         row = measure(loaded, dataset, opt.batch_size, opt.as_published)
         print(describe(loaded, row), end="\n\n", file=out, flush=True)
     if tasks:
-        row |= measure_tasks(loaded, loaded.model, tasks, opt.batch_size, opt.seq_len)
+        row |= measure_tasks(loaded, loaded.model, tasks, opt)
         title = f"{loaded.name} ({loaded.label})"
         print(describe_tasks(title, row), end="\n\n", file=out, flush=True)
+
+    def measure_copy(model) -> dict:
+        result = {}
+        if dataset is not None:
+            result |= measure_added(model, dataset, row["val_loss"], opt.batch_size)
+        if tasks:
+            result |= measure_tasks(loaded, model, tasks, opt)
+        return result
+
     if recipes and (quantizing(opt) or math.isfinite(row["val_loss"])):
         row["format"] = recipes[0].format
-        row["quantized"] = measure_quantized(loaded, dataset, opt.batch_size, row.get("val_loss"),
-                                             recipes, calibrations, tasks, opt.seq_len, out)
+        row["quantized"] = measure_quantized(loaded, calibrations, measure_copy, out)
     return row
 
 
 def measure(loaded: Loaded, dataset, batch_size=None, as_published=False) -> dict:
     """Everything that eval.py measures on text. `batch_size` None: what fits on small machines."""
     model, began = loaded.model, time.perf_counter()
-    result = evaluate(model, dataset, batch_size=batch_size, everywhere=True)
+    result = measure_everywhere(model, dataset, batch_size)
     result["tokens_per_s"] = result["tokens"] / (time.perf_counter() - began)
     result["peak_memory_gib"] = peak_memory_gib(str(next(model.parameters()).device))
     if as_published:
@@ -276,10 +218,31 @@ def measure(loaded: Loaded, dataset, batch_size=None, as_published=False) -> dic
     return dict(target=loaded.name, label=loaded.label, **result, sinks=sinks)
 
 
-def measure_tasks(loaded: Loaded, model, tasks: list, batch_size=None, seq_len=None) -> dict:
+def measure_everywhere(model, dataset, batch_size=None) -> dict:
+    """What eval.evaluate() measures, perplexity, the kurtosis at all `sites`, and the `largest`
+    activation of each state."""
+    stream = "residual stream"
+    with ExitStack() as stack:
+        watches = {name: stack.enter_context(Watch(model, modules, extremes=name == stream))
+                   for name, modules in sites(model).items()}
+        loss = mean_loss(model, dataset, batch_size=batch_size, progress=True).item()
+    at_sites = {name: dict(kurtosis=watch.means().tolist(), floor=gaussian_floor(watch.width))
+                for name, watch in watches.items()}
+    result = headline(model, dataset, loss, at_sites[stream]["kurtosis"])
+    return dict(result, perplexity=perplexity(loss), tokens=watches[stream].tokens_seen,
+                sites=at_sites, largest=watches[stream].largest)
+
+
+def measure_added(model, dataset, exact_loss: float, batch_size=None) -> dict:
+    """The loss of a quantized model, and how much more that is than `exact_loss`."""
+    loss = mean_loss(model, dataset, batch_size=batch_size, progress=True).item()
+    return dict(val_loss=loss, perplexity=perplexity(loss), added=loss - exact_loss)
+
+
+def measure_tasks(loaded: Loaded, model, tasks: list, opt) -> dict:
     """Scores of `model`, which is loaded.model or a quantized copy of it."""
-    seq_len = seq_len or loaded.seq_len
-    batch_size = batch_size or max(1, 4096 // seq_len)
+    seq_len = opt.seq_len or loaded.seq_len
+    batch_size = opt.batch_size or windows_at_once(seq_len)
     return score_tasks(model, loaded.encoding, tasks, seq_len, batch_size, loaded.end_ids)
 
 
@@ -289,14 +252,14 @@ def calibrate(loaded: Loaded, recipes: list[Recipe], file=None) -> dict:
         raise ValueError(f"{loaded.path} is quantized already: start from the model that was "
                          "trained")
     for recipe in recipes:
-        group, name, cuts = recipe.group, "--w-group", recipe.w < 16
-        if recipe.format != "int":
-            group, name = BLOCK[recipe.format], f"{recipe.format}'s block of"
-            cuts = min(recipe.w, recipe.a) < 16
-        for linear in linears(loaded.model).values() if group and cuts else ():
-            if linear.in_features % group:
-                raise ValueError(f"{name} {group} does not divide the {linear.in_features} weights "
-                                 "of a row")
+        # only weights are cut into groups, but activations too into blocks
+        bits = recipe.w if recipe.group else min(recipe.w, recipe.a)
+        n = format_of(recipe, recipe.w).group if bits < 16 else 0
+        name = "--w-group" if recipe.group else f"{recipe.format}'s block of"
+        for linear in linears(loaded.model).values():
+            if n and linear.in_features % n:
+                raise ValueError(f"{name} {n} does not divide the {linear.in_features} weights of "
+                                 "a row")
     windows = {}  # those of a method do not depend on its bits: a text is tokenized once
     for recipe in recipes:
         if (recipe.method, recipe.calibrates) not in windows:
@@ -304,33 +267,15 @@ def calibrate(loaded: Loaded, recipes: list[Recipe], file=None) -> dict:
     return {recipe: windows[recipe.method, recipe.calibrates] for recipe in recipes}
 
 
-def measure_quantized(loaded: Loaded, dataset, batch_size, exact_loss, recipes: list[Recipe],
-                      calibrations: dict, tasks=(), seq_len=None, out=None) -> dict:
-    """Bits -> method -> what is measured of the quantized model: on `dataset`, unless that is None,
-    its loss, and how much more that is than `exact_loss`; its scores on `tasks`. Each is written to
-    the file `out`, if there is one, as soon as it is known."""
+def measure_quantized(loaded: Loaded, calibrations: dict, measure_copy, out=None) -> dict:
+    """Bits -> method -> measure_copy(the model quantized so), for all recipes of `calibrations`. Each
+    result is written to the file `out`, if there is one, as soon as it is known."""
     results = {}
-    for recipe in tqdm(recipes, f"quantize {loaded.name}", leave=False, disable=None):
-        model = quantize(loaded.model, recipe, calibrations.get(recipe))
-        result = {}
-        if dataset is not None:
-            loss = mean_loss(model, dataset, batch_size=batch_size, progress=True).item()
-            result |= dict(val_loss=loss, perplexity=perplexity(loss), added=loss - exact_loss)
-        if tasks:
-            result |= measure_tasks(loaded, model, tasks, batch_size, seq_len)
+    title = f"quantize {loaded.name}"
+    for recipe, windows in tqdm(calibrations.items(), title, leave=False, disable=None):
+        result = measure_copy(quantize(loaded.model, recipe, windows))
         if out:
             tqdm.write(f"{loaded.name} {recipe}: {in_short(result)}", out)
             out.flush()
         results.setdefault(recipe.bits, {})[recipe.method] = result
     return results
-
-
-def report(rows: list[dict], opt) -> str:
-    """The tables that compare all targets."""
-    tables = []
-    if "val_loss" in rows[0]:
-        tables += [comparison(rows)] if len(rows) > 1 else []
-        tables += [quantized_table(rows)] if any("quantized" in row for row in rows) else []
-    if opt.tasks:
-        tables.append(all_scores(rows))
-    return "\n\n".join(tables) + "\n" if tables else ""

@@ -1,7 +1,7 @@
 """python quantize.py TARGET --out FILE or --hf DIR. Its help is the docstring of quantize.py."""
 
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from nanoosp.options import answer_before_torch, command, fail, flag, option, parse
@@ -53,8 +53,7 @@ def check(opt) -> Recipe:
         fail(f"{goal} {path} exists: remove it, or name another place")
     if not path.parent.is_dir():
         fail(f"{goal} {path} must be in a directory that exists")
-    given = {f.name for f in fields(opt) if getattr(opt, f.name) != f.default}
-    given -= {"target", "out", "hf", "device"}
+    given = opt.given - {"target", "out", "hf", "device"}
     if opt.hf and given:
         fail(f"{flag(min(given))} goes with --out: --hf writes the model as it was trained")
     try:

@@ -15,27 +15,25 @@ import torch.nn as nn
 
 from model import Config, Transformer
 from nanoosp.files import save_archive
-from nanoosp.formats import BLOCK, E2M1, read_scale, stored_scale
-from quantize import Recipe, attach_ffn_hadamard, attach_rounding, linears, per_column, weight_codes
+from nanoosp.formats import BLOCK_FORMATS, E2M1
+from quantize import Recipe, attach_ffn_hadamard, attach_rounding, format_of, linears, per_column
 
 VERSIONS = {"int": 2, "mxfp4": 3, "nvfp4": 3}
+NUMBERS = {"int": range(9), "mxfp4": E2M1, "nvfp4": E2M1}  # what a code may be, but for its sign
 PACKING = "code + 8 as a nibble; the low nibble of a byte is the even column"
 
 
 def to_integer(codes, format: str):
-    """Codes as integers -8 ... 7. A number of E2M1 becomes its place in the table, with its sign;
-    zero has no sign."""
-    if format == "int":
-        return codes
-    places = torch.bucketize(codes.abs(), torch.tensor(E2M1, device=codes.device))
-    return codes.sign() * places
+    """Codes as integers -8 ... 7: a number's place among those of its format, with its sign; zero
+    has none."""
+    numbers = torch.tensor(NUMBERS[format], dtype=torch.float32, device=codes.device)
+    return codes.sign() * torch.bucketize(codes.abs(), numbers)
 
 
 def from_integer(integers, format: str):
     """What to_integer() was given."""
-    if format == "int":
-        return integers
-    return integers.sign() * torch.tensor(E2M1, device=integers.device)[integers.abs().long()]
+    numbers = torch.tensor(NUMBERS[format], dtype=torch.float32, device=integers.device)
+    return integers.sign() * numbers[integers.abs().long()]
 
 
 def pack(codes):
@@ -63,13 +61,15 @@ def save_packed(model, path: Path, options: dict, data: dict):
     if torch.equal(weights["head.weight"], weights["embed.weight"]):  # they were tied
         weights["head.weight"] = weights["embed.weight"]  # one storage, which torch writes once
     scales = {name: scale.cpu() for name, scale in model.scales.items()}
-    codes = {name: weight_codes(weights.pop(f"{name}.weight"), scale, recipe)
-             for name, scale in scales.items()}
-    codes = {name: pack(to_integer(code, recipe.format)) for name, code in codes.items()}
+    codes = {}
+    for name, scale in scales.items():
+        W = weights.pop(f"{name}.weight")
+        code = format_of(recipe, 4).code(W.float() / per_column(scale, W.shape[1]))
+        codes[name] = pack(to_integer(code, recipe.format))
     quantization = dict(bits=recipe.bits, method=recipe.method, symmetric=recipe.symmetric,
                         ffn_hadamard=recipe.does("had"), scales=scales)
-    if recipe.format != "int":
-        scales = {name: stored_scale(scale, recipe.format) for name, scale in scales.items()}
+    if blocks := BLOCK_FORMATS.get(recipe.format):
+        scales = {name: blocks.stored(scale) for name, scale in scales.items()}
         quantization |= dict(format=recipe.format, scales=scales)
     version = VERSIONS[recipe.format]
     state = dict(packing=PACKING, version=version, config=asdict(model.config), weights=weights,
@@ -90,29 +90,30 @@ def packed_model(state, path, device="cpu", int4: bool = False) -> Transformer:
     format = str(state["quantization"].get("format", "int"))
     if (state.get("version"), state["packing"]) != (VERSIONS.get(format), PACKING):
         raise ValueError(f"{path} is of version {state.get('version')} or packed otherwise; this "
-                         f"code reads version 2 for integers, 3 for {' and '.join(BLOCK)}")
+                         f"code reads version 2 for integers, 3 for {' and '.join(BLOCK_FORMATS)}")
     try:
         model = _unpacked_model(state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} does not fit together ({reason}): write it again") from error
     model = model.requires_grad_(False).to(device).eval()
-    if int4 and model.recipe.format != "int":
-        raise ValueError(f"{path} is in {model.recipe.format}: the int4 kernel takes integers only")
     if int4:
+        if format in BLOCK_FORMATS:
+            raise ValueError(f"{path} is in {format}: the int4 kernel takes integers only")
         use_int4_kernel(model, state["codes"])
     return model
 
 
 def _unpacked_model(state: dict) -> Transformer:
     """Raises all kinds of errors for contents that do not fit together."""
-    quantization, weights = state["quantization"], dict(state["weights"])
-    scales, symmetric = quantization["scales"], quantization["symmetric"]
+    quantization = state["quantization"]
+    weights = dict(state["weights"])
+    scales = quantization["scales"]
+    symmetric = quantization["symmetric"]
     format = quantization.get("format", "int")
     recipe = Recipe(quantization["bits"], quantization["method"], format, symmetric=symmetric)
-    if format != "int":
-        scales = {name: read_scale(byte, tensor, format)
-                  for name, (byte, tensor) in scales.items()}
+    if blocks := BLOCK_FORMATS.get(format):
+        scales = {name: blocks.read(byte, tensor) for name, (byte, tensor) in scales.items()}
     if recipe.w != 4 or quantization["ffn_hadamard"] is not recipe.does("had"):
         raise ValueError("what was done to it contradicts itself")
     if symmetric not in (True, False):
@@ -123,15 +124,16 @@ def _unpacked_model(state: dict) -> Transformer:
     if len({W.dtype for W in weights.values()}) > 1:
         raise ValueError("weights of several precisions")
     for name, packed in state["codes"].items():
-        if format != "int" and scales[name].shape[1] * BLOCK[format] != 2 * packed.shape[1]:
+        if blocks and scales[name].shape[1] * blocks.group != 2 * packed.shape[1]:
             raise ValueError(f"{name} has {scales[name].shape[1]} scales a row")
-        codes, dtype = from_integer(unpack(packed), format), weights["norm.gain"].dtype
+        codes = from_integer(unpack(packed), format)
         W = per_column(scales[name], codes.shape[1]) * codes  # as quantize() computes it
-        weights[f"{name}.weight"] = W.to(dtype)
+        weights[f"{name}.weight"] = W.to(weights["norm.gain"].dtype)
     model = Transformer.from_weights(Config(**state["config"]), weights)
     if set(linears(model)) != set(scales):
         raise ValueError("not every linear has its scales")
-    model.recipe, model.scales = recipe, scales
+    model.recipe = recipe
+    model.scales = scales
     if recipe.does("had"):
         attach_ffn_hadamard(model)
     attach_rounding(model, recipe)
@@ -154,8 +156,8 @@ class Int4Linear(nn.Module):
         if not self.group or n_out % 8 or n_in % 128:
             raise ValueError(f"torch's int4 kernel takes no {n_out} x {n_in} weight with "
                              f"{scale.shape[1]} scales a row")
-        nibbles = (codes + 8).to(torch.uint8)
-        packed = nibbles[:, 0::2] << 4 | nibbles[:, 1::2]  # here the high nibble is the even column
+        swapped = codes.unflatten(1, (-1, 2)).flip(-1)  # here the high nibble is the even column
+        packed = pack(swapped.flatten(1))
         self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack(packed, 8))
         scales = per_column(scale, n_in // self.group).mT  # [in / group, out]
         scales = torch.stack([scales, torch.zeros_like(scales)], dim=-1)  # each with its zero

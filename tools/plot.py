@@ -17,13 +17,16 @@ state of the residual stream, the one in which some model has the highest kurtos
 """
 
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 
-from eval import attention_sinks, states_of_a_window, strongest_sink
+from eval import attention_logits, inside_and_outside, sites
+from model import hooked
 from nanoosp.files import read_log, require
-from quantize import round_tokens
+from quantize import Int
+from tools.report import state_name, strongest_sink
 
 require("matplotlib", "drawing figures").use("Agg")  # write files, open no window
 import matplotlib.pyplot as plt  # noqa: E402 (it needs the line above)
@@ -48,27 +51,45 @@ OTHERS = [("#444444", line, marker)
 class Picture:
     """What the figures need of one model."""
 
-    name: str
     label: str
     options: dict  # how it was trained
     row: dict  # what was measured
     log: list[dict]
     states: torch.Tensor  # [L + 1, T, D], the residual stream of one validation window
-    head: tuple[int, int]  # (layer, head) with the strongest sink
-    share: float  # of its attention, on the first token
-    logits: dict  # of that head: `counts` [2][bins], on the first token and on others; `bins`
+    logits: dict  # of the head with the strongest sink, from logits_of_head()
 
     @classmethod
     def of(cls, loaded, row: dict, dataset) -> "Picture":
         """Measure what is drawn but not in `row`, which is tools.evaluate.measure's."""
         run = loaded.path if loaded.path.is_dir() else loaded.path.parent
-        layer, head = strongest_sink(row["sinks"])
-        return cls(
-            name=loaded.name, label=row["label"], options=loaded.options, row=row,
-            log=read_log(run / "log.jsonl"), states=states_of_a_window(loaded.model, dataset),
-            head=(layer, head), share=row["sinks"]["share"][layer][head],
-            logits=attention_sinks(loaded.model, dataset, histogram=(layer, head)),
-        )
+        logits = logits_of_head(loaded.model, dataset, *strongest_sink(row["sinks"]))
+        return cls(row["label"], loaded.options, row, read_log(run / "log.jsonl"),
+                   states_of_a_window(loaded.model, dataset), logits)
+
+
+@torch.no_grad()
+def states_of_a_window(model, data, n_tokens: int = 256) -> torch.Tensor:
+    """The residual stream of one window, [L + 1, T, D], at most n_tokens long."""
+    window = torch.from_numpy(data.windows(data.evaluation_windows(1)))[:, :-1][:, :n_tokens]
+    seen = []
+    hook = lambda module, inputs, x: seen.append(x[0].float().cpu())
+    with hooked([(module, hook) for module in sites(model)["residual stream"]]):
+        model(window.to(model.embed.weight.device))
+    return torch.stack(seen)
+
+
+@torch.no_grad()
+def logits_of_head(model, data, layer: int, head: int, n_windows: int = 32) -> dict:
+    """`counts` [2][bins] of one head's logits, on the first token and on all others, and the edges
+    of the `bins`."""
+    edges = torch.linspace(-20, 20, 161)
+    counts = torch.zeros(2, len(edges) - 1)
+    for window in torch.from_numpy(data.windows(data.evaluation_windows(n_windows))).split(1):
+        tokens = window[:, :-1].to(model.embed.weight.device)
+        logits = next(islice(attention_logits(model, tokens), layer, None))  # [1, H, T, T]
+        for row, values in zip(counts, inside_and_outside(logits)):
+            row += torch.histc(values[:, head], len(row), -20, 20).cpu()
+    return dict(counts=counts.tolist(), bins=edges.tolist())
 
 
 def style(label: str):
@@ -115,16 +136,17 @@ def kurtosis_axis(axis, floor: float):
     axis.grid(alpha=0.3)
 
 
+def unless_named(axis, label: str) -> str | None:
+    """The label of a curve, of which a legend is to have one only."""
+    return None if label in axis.get_legend_handles_labels()[1] else label
+
+
 def legend_above(figure, axis):
     """The axis's legend above all panels, where it hides no curve."""
     handles, labels = axis.get_legend_handles_labels()
     columns = len(labels) if len(labels) <= 4 else -(-len(labels) // 2)
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=9,
                   frameon=False)
-
-
-def state_name(i: int) -> str:
-    return "embedding output" if i == 0 else f"output of block {i}"
 
 
 def loudest_token(x: torch.Tensor) -> torch.Tensor:
@@ -147,8 +169,8 @@ def draw_grid(shown: list[tuple[str, torch.Tensor]], state: int):
     for i, (axis, (label, x)) in enumerate(zip(axes[:, 0], shown)):
         low, high = min(x.min().item(), 0), max(x.max().item(), 0)
         step = (high - low) / 15
-        values = step * (torch.arange(16) - round(-low / step))  # those of round_tokens()
-        fullest = round_tokens(x, 4).unique(return_counts=True)[1].sort(descending=True).values
+        values = step * (torch.arange(16) - round(-low / step))  # those of Int.round()
+        fullest = Int(4).round(x).unique(return_counts=True)[1].sort(descending=True).values
         color = style(label)[0]
         axis.hist(x.numpy(), bins=torch.linspace(-widest, widest, 121).tolist(), color=color)
         top = axis.get_ylim()[1]
@@ -166,15 +188,16 @@ def draw_grid(shown: list[tuple[str, torch.Tensor]], state: int):
     return figure
 
 
-def draw_activations(shown: list[tuple[str, torch.Tensor]], state: int):
-    """`shown`: (label, |activation| / median [T, D] at this state of the residual stream)."""
-    figure, axes = panels(len(shown))
-    top = max(values.max().item() for _, values in shown)
+def draw_activations(pictures: list[Picture], state: int):
+    """|activation| / median of all tokens and channels at this state of the residual stream."""
+    figure, axes = panels(len(pictures))
+    shown = [p.states[state].abs() / p.states[state].abs().median() for p in pictures]  # [T, D]
+    top = max(values.max().item() for values in shown)
     colors = plt.get_cmap("inferno", 12)  # few colours make small files
-    for i, (axis, (label, values)) in enumerate(zip(axes, shown)):
+    for i, (axis, p, values) in enumerate(zip(axes, pictures, shown)):
         image = axis.imshow(values.clamp(min=1).numpy(), norm=LogNorm(1, top), cmap=colors,
                             aspect="auto", interpolation="nearest")
-        letter(axis, i, f"{label}: up to {values.max():.0f} medians")
+        letter(axis, i, f"{p.label}: up to {values.max():.0f} medians")
         axis.set_xlabel("channel")
         axis.set_ylabel("token")
     ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if t <= top]
@@ -188,17 +211,14 @@ def draw_activations(shown: list[tuple[str, torch.Tensor]], state: int):
 def draw_curves(series: list[tuple[str, list[dict]]], floor: float, highest_loss=None):
     """`series`: (label, records of log.jsonl), one a run."""
     figure, (left, right) = panels(2, 5.2, 3.6)
-    named = set()
     for label, log in series:
         color, line, _ = style(label)
         points = [r for r in log if "val_loss" in r]
         millions = [r["tokens"] / 1e6 for r in points]
-        kwargs = dict(color=color, linestyle=line, linewidth=1.5)
-        kwargs["label"] = None if label in named else label
+        kwargs = dict(color=color, linestyle=line, linewidth=1.5, label=unless_named(right, label))
         losses = [r["val_loss"] for r in points]
         left.plot(millions[1:], losses[1:], **kwargs)  # an untrained model's loss is ln V: too high
         right.plot(millions, [r["kurtosis"] for r in points], **kwargs)
-        named.add(label)
     left.set_ylabel("validation loss (nats per token)")
     left.set_ylim(top=highest_loss)
     left.grid(alpha=0.3)
@@ -210,15 +230,14 @@ def draw_curves(series: list[tuple[str, list[dict]]], floor: float, highest_loss
     return figure
 
 
-def draw_layers(series: list[tuple[str, list[float]]], floor: float):
-    """`series`: (label, kurtosis of every state of the residual stream), one a model."""
+def draw_layers(pictures: list[Picture], floor: float):
+    """The kurtosis of every state of the residual stream."""
     figure, (axis,) = panels(1, 6.4, 3.8)
-    named = set()
-    for label, values in series:
-        color, line, marker = style(label)
+    for p in pictures:
+        color, line, marker = style(p.label)
+        values = p.row["kurtosis_per_layer"]
         axis.plot(range(len(values)), values, color=color, linestyle=line, marker=marker,
-                  markersize=5, label=None if label in named else label)
-        named.add(label)
+                  markersize=5, label=unless_named(axis, p.label))
     axis.set_xticks(range(len(values)), ["embedding", *range(1, len(values))])
     axis.set_xlabel("residual stream after the embedding, after block 1, 2, ...")
     kurtosis_axis(axis, floor)
@@ -226,19 +245,21 @@ def draw_layers(series: list[tuple[str, list[float]]], floor: float):
     return figure
 
 
-def draw_sinks(shown: list[tuple[str, tuple[int, int], float, dict]]):
-    """`shown`: (label, (layer, head), its share of attention on the first token, its logits)."""
-    figure, axes = panels(len(shown))
-    for i, (axis, (label, (layer, head), share, logits)) in enumerate(zip(axes, shown)):
-        edges = logits["bins"]
+def draw_sinks(pictures: list[Picture]):
+    """The logits of each model's strongest sink."""
+    figure, axes = panels(len(pictures))
+    for i, (axis, p) in enumerate(zip(axes, pictures)):
+        layer, head = strongest_sink(p.row["sinks"])
+        share = p.row["sinks"]["share"][layer][head]
+        edges = p.logits["bins"]
         centers = [(left + right) / 2 for left, right in zip(edges, edges[1:])]
-        first, others = logits["counts"]
+        first, others = p.logits["counts"]
         for counts, color, line, name in ((first, "black", "--", "first token"),
-                                          (others, style(label)[0], "-", "other tokens")):
+                                          (others, style(p.label)[0], "-", "other tokens")):
             area = max(sum(counts), 1) * (edges[1] - edges[0])
             axis.plot(centers, [count / area for count in counts], color=color, linestyle=line,
                       label=name)
-        letter(axis, i, f"{label}: block {layer + 1}, head {head + 1}\n"
+        letter(axis, i, f"{p.label}: block {layer + 1}, head {head + 1}\n"
                         f"{share:.0%} of attention on the first token")
         axis.set_xlabel("logit q.k / sqrt(d)")
         axis.set_ylabel("density")
@@ -325,7 +346,8 @@ def save(figure, path: Path) -> Path:
 
 def draw_all(pictures: list[Picture], out: Path) -> list[Path]:
     """Write the figures that these models allow. Returns their paths."""
-    floor, rates = pictures[0].row["kurtosis_floor"], {}
+    floor = pictures[0].row["kurtosis_floor"]
+    rates = {}
     for p in pictures:
         rates.setdefault(p.label, set()).add(p.options.get("lr"))
     pictures = [replace(p, label=f"{p.label}, {p.options['lr']:g}") if len(rates[p.label]) > 1 else p
@@ -335,13 +357,12 @@ def draw_all(pictures: list[Picture], out: Path) -> list[Path]:
         first_of.setdefault(p.label, p)
     shown = list(first_of.values())[:9]  # one model of each configuration
     state = worst_state(pictures)
-    windows = [(p.label, p.states[state]) for p in shown]
+    loudest = [(p.label, loudest_token(p.states[state])) for p in shown]
     figures = {
-        "grid": draw_grid([(label, loudest_token(x)) for label, x in windows], state),
-        "activations": draw_activations(
-            [(label, x.abs() / x.abs().median()) for label, x in windows], state),
-        "layers": draw_layers([(p.label, p.row["kurtosis_per_layer"]) for p in pictures], floor),
-        "sinks": draw_sinks([(p.label, p.head, p.share, p.logits) for p in shown]),
+        "grid": draw_grid(loudest, state),
+        "activations": draw_activations(shown, state),
+        "layers": draw_layers(pictures, floor),
+        "sinks": draw_sinks(shown),
     }
     series = [(p.label, p.log) for p in pictures if any("val_loss" in r for r in p.log)]
     if series:

@@ -1,11 +1,12 @@
-"""What eval.py prints: a description of each target, then tables that compare all of them.
+"""What the tools print: of eval.py a description of each target, then tables that compare all of
+them; the table of train.py --ablation; the speed that train.py --bench measured.
 
 A row is what tools/evaluate.py measured of one target; eval.py --json prints the same rows.
 """
 
+import statistics
 from textwrap import indent
 
-from eval import strongest_sink
 from nanoosp.summary import table
 
 SINK = 0.3  # share of attention on the first token that makes a head a sink (Gu et al. 2025)
@@ -17,8 +18,27 @@ def strongest_state(largest: list[dict]) -> int:
     return max(range(len(largest)), key=lambda i: largest[i]["ratio"])
 
 
+def state_name(i: int) -> str:
+    return "embedding output" if i == 0 else f"output of block {i}"
+
+
+def strongest_sink(sinks: dict) -> tuple[int, int]:
+    """(layer, head) of the largest share."""
+    shares = sinks["share"]
+    return max((share, i, j) for i, heads in enumerate(shares) for j, share in enumerate(heads))[1:]
+
+
 def n_sinks(sinks: dict) -> int:
     return sum(share > SINK for heads in sinks["share"] for share in heads)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def loss_and_added(result: dict) -> str:
+    """Of a quantized model: "1.4021 (+0.0213)"."""
+    return f"{result['val_loss']:.4f} ({result['added']:+.4f})"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -29,7 +49,6 @@ def describe(loaded, row: dict) -> str:
     """A measurement in words, then the kurtosis of every layer and site."""
     state = strongest_state(row["largest"])
     top, sinks = row["largest"][state], row["sinks"]
-    place = "embedding output" if state == 0 else f"output of block {state}"
     token = loaded.spelled(top["token"])
     layer, head = strongest_sink(sinks)
     share, inside, outside = (sinks[key][layer][head] for key in ("share", "inside", "outside"))
@@ -39,7 +58,7 @@ def describe(loaded, row: dict) -> str:
         ("excess kurtosis", f"{row['kurtosis']:.3f} (Gaussian {row['kurtosis_floor']:.3f}), mean "
                             "over the residual stream"),
         ("stands out most", f"|x| = {top['value']:.1f}, {top['ratio']:.0f} times the median of its "
-                            f"sequence: {place}, channel {top['channel']}, position "
+                            f"sequence: {state_name(state)}, channel {top['channel']}, position "
                             f"{top['position']}, token {token}"),
         ("attention sinks", f"{n_sinks(sinks)} heads give the first token over "
                             f"{100 * SINK:.0f} % (even attention gives {sinks['uniform']:.1%});"),
@@ -91,94 +110,158 @@ def describe_tasks(name: str, row: dict) -> str:
     return f"{name}\n" + indent(text, "  ")
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
 # --------------------------------------------------------------------------------------------------
 # All targets
 
 
+def compare(rows: list[dict]) -> str:
+    """The tables that compare all targets."""
+    tables = []
+    if "val_loss" in rows[0]:
+        tables += [comparison(rows)] if len(rows) > 1 else []
+        tables += [quantized_table(rows)] if any("quantized" in row for row in rows) else []
+    if "tasks" in rows[0]:
+        tables.append(scores_table(rows))
+    return "\n\n".join(tables) + "\n" if tables else ""
+
+
 def comparison(rows: list[dict]) -> str:
     """A line for each target. |x| is the activation that stands out most from its sequence."""
-    published = "kurtosis_as_published" in rows[0]
-    head = ["target", "loss", "ppl", "bits/byte", "kurtosis", "Gaussian"]
-    head += ["as publ.", "Gaussian"] * published + ["|x|", "/ median", "sinks"]
-    lines = []
-    for row in rows:
-        top = row["largest"][strongest_state(row["largest"])]
-        line = [
-            row["target"], f"{row['val_loss']:.4f}", f"{row['perplexity']:.5g}",
-            f"{row['bits_per_byte']:.4f}" if row["bits_per_byte"] else "-",
-            f"{row['kurtosis']:.3f}", f"{row['kurtosis_floor']:.3f}",
-        ]
-        if published:
-            line += [f"{row['kurtosis_as_published']:.3f}",
-                     f"{row['kurtosis_as_published_floor']:.3f}"]
-        lines.append([*line, f"{top['value']:.1f}", f"{top['ratio']:.0f}", n_sinks(row["sinks"])])
-    return table(head, lines)
+    def top(row):
+        return row["largest"][strongest_state(row["largest"])]
+
+    published = [
+        ("as publ.", lambda row: f"{row['kurtosis_as_published']:.3f}"),
+        ("Gaussian", lambda row: f"{row['kurtosis_as_published_floor']:.3f}"),
+    ]
+    columns = [
+        ("target", lambda row: row["target"]),
+        ("loss", lambda row: f"{row['val_loss']:.4f}"),
+        ("ppl", lambda row: f"{row['perplexity']:.5g}"),
+        ("bits/byte", lambda row: f"{row['bits_per_byte']:.4f}" if row["bits_per_byte"] else "-"),
+        ("kurtosis", lambda row: f"{row['kurtosis']:.3f}"),
+        ("Gaussian", lambda row: f"{row['kurtosis_floor']:.3f}"),
+        *(published if "kurtosis_as_published" in rows[0] else []),
+        ("|x|", lambda row: f"{top(row)['value']:.1f}"),
+        ("/ median", lambda row: f"{top(row)['ratio']:.0f}"),
+        ("sinks", lambda row: n_sinks(row["sinks"])),
+    ]
+    lines = [[cell(row) for _, cell in columns] for row in rows]
+    return table([name for name, _ in columns], lines)
 
 
 def quantized_table(rows: list[dict]) -> str:
     """For one setting of bits the paper's Table 4, for several its Table 2."""
     rows = [row for row in rows if "quantized" in row]  # not what was quantized before
     settings = list(rows[0]["quantized"])
+    form = "" if rows[0]["format"] == "int" else f" in {rows[0]['format']}"
     if len(settings) == 1:
-        return methods_table(rows, settings[0])
+        return methods_table(rows, settings[0], form)
     groups = [settings[i : i + SETTINGS_PER_TABLE]
               for i in range(0, len(settings), SETTINGS_PER_TABLE)]
-    return "\n\n".join(bits_table(rows, group) for group in groups)
+    return "\n\n".join(bits_table(rows, group, form) for group in groups)
 
 
-def format_name(rows: list[dict]) -> str:
-    """" in mxfp4", for the head of a table; nothing for integers."""
-    return "" if rows[0]["format"] == "int" else f" in {rows[0]['format']}"
-
-
-def methods_table(rows: list[dict], bits: str) -> str:
+def methods_table(rows: list[dict], bits: str, form: str) -> str:
     """A line for each method and a column for each target: its loss, and what was added to it."""
     lines = [["not quantized", *(f"{row['val_loss']:.4f}" for row in rows)]]
     for method in rows[0]["quantized"][bits]:
-        results = [row["quantized"][bits][method] for row in rows]
         name = method if method == "rtn" else f"+ {method}"
-        lines.append([name, *(f"{r['val_loss']:.4f} ({r['added']:+.4f})" for r in results)])
-    return table([f"loss at {bits}{format_name(rows)}", *(row["target"] for row in rows)], lines)
+        lines.append([name, *(loss_and_added(row["quantized"][bits][method]) for row in rows)])
+    return table([f"loss at {bits}{form}", *(row["target"] for row in rows)], lines)
 
 
-def bits_table(rows: list[dict], settings: list[str]) -> str:
+def bits_table(rows: list[dict], settings: list[str], form: str) -> str:
     """A line for each target and method, a column for each setting: what it adds to the loss."""
     lines = []
     for row in rows:
         for method in row["quantized"][settings[0]]:
-            added = [row["quantized"][bits][method]["added"] for bits in settings]
-            lines.append([row["target"], method, f"{row['val_loss']:.4f}",
-                          *(f"{x:+.4f}" for x in added)])
-    return table([f"loss added by W-A-KV bits{format_name(rows)}", "method", "exact", *settings], lines)
+            added = [f"{row['quantized'][bits][method]['added']:+.4f}" for bits in settings]
+            lines.append([row["target"], method, f"{row['val_loss']:.4f}", *added])
+    return table([f"loss added by W-A-KV bits{form}", "method", "exact", *settings], lines)
 
 
 def in_short(result: dict) -> str:
     """What was measured of a quantized model, in one line."""
-    words = []
-    if "val_loss" in result:
-        words.append(f"loss {result['val_loss']:.4f} ({result['added']:+.4f})")
-    if "average" in result:
-        words.append(f"average score {percent(result['average'])}")
+    words = [f"loss {loss_and_added(result)}"] if "val_loss" in result else []
+    words += [f"average score {percent(result['average'])}"] if "average" in result else []
     return ", ".join(words)
 
 
-def all_scores(rows: list[dict]) -> str:
-    """The benchmarks of every target, and below it those of its quantized models."""
+def scores_table(rows: list[dict]) -> str:
+    """A line for each target and each of its quantized models, a column for each benchmark, as in
+    the paper's Tables 3 and 5."""
     scores = []
     for row in rows:
         scores.append((row["target"], row))
         for bits, methods in row.get("quantized", {}).items():
             scores += [(f"{row['target']} {bits} {method}", r) for method, r in methods.items()]
-    return tasks_table(scores)
-
-
-def tasks_table(scores: list[tuple[str, dict]]) -> str:
-    """A line for each model and a column for each benchmark, as in the paper's Tables 3 and 5."""
-    benchmarks = list(scores[0][1]["benchmarks"])
-    lines = [[name, *(percent(row["benchmarks"][b]) for b in benchmarks), percent(row["average"])]
-             for name, row in scores]
+    benchmarks = list(rows[0]["benchmarks"])
+    lines = [[name, *(percent(r["benchmarks"][b]) for b in benchmarks), percent(r["average"])]
+             for name, r in scores]
     return table(["benchmarks, %", *benchmarks, "average"], lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# train.py --ablation
+
+
+def mean_and_spread(values, digits: int) -> str:
+    """Mean ± standard deviation; of a single value, the value; of what is not known, a dash."""
+    if None in values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def with_rate(result: dict) -> str:
+    """"Adam, hot (0.002)": what was measured, and its learning rate."""
+    return f"{result['label']} ({result['lr']:g})"
+
+
+def ablation_table(results: list[dict]) -> str:
+    """Markdown, one line a configuration: the mean over seeds, and their standard deviation."""
+    groups = {}
+    for result in results:
+        groups.setdefault(with_rate(result), []).append(result)
+    floors = [results[0][f"{name}_floor"] for name in ("kurtosis", "kurtosis_as_published")]
+    columns = [
+        ("validation loss", 4, lambda r: r["val_loss"]),
+        ("bits per byte", 4, lambda r: r["bits_per_byte"]),
+        (f"excess kurtosis (Gaussian {floors[0]:.3f})", 3, lambda r: r["kurtosis"]),
+        (f"as published (Gaussian {floors[1]:.3f})", 3, lambda r: r["kurtosis_as_published"]),
+        ("largest activation / median", 0, lambda r: max(state["ratio"] for state in r["largest"])),
+        ("4-4-4 adds", 4, lambda r: r["quantized"]["4-4-4"]["rtn"]["added"]),
+        ("with a Hadamard in the FFN", 4, lambda r: r["quantized"]["4-4-4"]["had"]["added"]),
+    ]
+    lines = []
+    for label, group in groups.items():
+        cells = [mean_and_spread([of(r) for r in group], digits) for _, digits, of in columns]
+        lines.append([label, *cells])
+    seeds = len(next(iter(groups.values())))
+    head = [f"model (learning rate), {seeds} seed(s)", *(name for name, _, _ in columns)]
+    return table(head, lines, markdown=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# train.py --bench
+
+
+def describe_speed(r: dict) -> str:
+    """What tools/bench.py measured, in words."""
+    processes = f"{r['ranks']} process" + "es" * (r["ranks"] > 1)
+    optimizer_share = r["optimizer_ms"] / r["step_ms"]
+    lines = {
+        "speed": f"{r['tokens_per_s']:,.0f} tokens/s, {r['tokens_per_step']:,} tokens a step, "
+                 f"{processes}",
+        "step": f"{r['step_ms']:,.1f} ms: forward and backward {r['forward_backward_ms']:,.1f}, "
+                f"optimizer {r['optimizer_ms']:,.1f} ({optimizer_share:.1%})",
+        "first step": f"{r['first_step_s']:.0f} s after the start, compilation included",
+        "peak memory": f"{r['peak_memory_gib']:.2f} GiB",
+        "model arithmetic": f"{r['model_tflops']:.3g} TFLOP/s for each process",
+    }
+    if "mfu_matmul" in r:
+        lines["MFU"] = f"{r['mfu_matmul']:.1%} of the {r['matmul_tflops']:.0f} TFLOP/s of a product"
+    if "mfu_datasheet" in r:
+        lines[""] = f"{r['mfu_datasheet']:.1%} of the datasheet's for {r['gpu']}"
+    return "\n".join(["", *(f"{name:<19}{text}" for name, text in lines.items())])

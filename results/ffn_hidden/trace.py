@@ -37,7 +37,7 @@ from nanoosp.hadamard import hadamard_transform  # noqa: E402
 from nanoosp.options import command, fail, flag, give, option, parse  # noqa: E402
 from nanoosp.ranks import Ranks  # noqa: E402
 from nanoosp.run_options import remembered  # noqa: E402
-from quantize import round_tokens  # noqa: E402
+from quantize import Int  # noqa: E402
 
 WINDOWS = 64  # validation sequences in a measurement: 16k tokens of toy, about one training step
 
@@ -116,7 +116,7 @@ def squares(x):
 
 def error_4bit(x):
     x = x.float()  # in bf16 the result would be rounded once more
-    return squares(round_tokens(x, 4) - x)
+    return squares(Int(4).round(x) - x)
 
 
 def error_4bit_hadamard(x):

@@ -30,7 +30,7 @@ import torch  # noqa: E402
 
 from model import hooked  # noqa: E402
 from nanoosp.machine import pick_device  # noqa: E402
-from quantize import Recipe, linears, per_column, recipe_scale, weight_codes  # noqa: E402
+from quantize import Int, linears, per_column  # noqa: E402
 from tools.loading import load  # noqa: E402
 
 
@@ -45,9 +45,9 @@ def measure(model, windows) -> dict:
     with hooked([(linear, keep(name)) for name, linear in linears(model).items()]):
         model(windows[:, :-1])
     for name, linear in linears(model).items():
-        W, recipe = linear.weight, Recipe("4-16-16")
-        scale = recipe_scale(W, recipe)
-        Q = per_column(scale, W.shape[1]) * weight_codes(W, scale, recipe)
+        W, format = linear.weight, Int(4)
+        scale = per_column(format.scale(W), W.shape[1])
+        Q = scale * format.code(W.float() / scale)
         X, W, Q = (tensor.double() for tensor in (inputs[name], W, Q))
         S = torch.linalg.svdvals(W)
         values.append([(Q - W).norm() / W.norm(), (X @ (Q - W).mT).norm() / (X @ W.mT).norm(),

@@ -46,15 +46,14 @@ import torch.nn as nn  # noqa: E402
 
 import train  # noqa: E402
 from data.dataset import RandomTokens  # noqa: E402
-from eval import generate  # noqa: E402
 from model import Transformer  # noqa: E402
 from nanoosp.float8 import Float8Linear  # noqa: E402
 from nanoosp.machine import peak_memory_gib  # noqa: E402
 from nanoosp.ranks import Ranks  # noqa: E402
-from quantize import Recipe, linears, quantize, recipe_scale, weight_codes  # noqa: E402
+from quantize import Int, Recipe, linears, per_column, quantize  # noqa: E402
 from tools.bench import matmul_flops, median_ms, timed_step  # noqa: E402
 from tools.packed import Int4Linear  # noqa: E402
-from tools.writing import Writer  # noqa: E402
+from tools.writing import Writer, generate  # noqa: E402
 
 
 DTYPES = ("bfloat16", "float8", "float8-all", "torchao", "torchao-all")
@@ -155,9 +154,9 @@ def time_writing(small: bool):
     for weights in ("bfloat16", "int4"):
         if weights == "int4":
             for name, linear in linears(model).items() if not small else ():
-                W, recipe = linear.weight.float(), Recipe("4-16-16")
-                scale, (parent, _, child) = recipe_scale(W, recipe), name.rpartition(".")
-                int4 = Int4Linear(weight_codes(W, scale, recipe), scale)
+                W, format = linear.weight.float(), Int(4)
+                scale, (parent, _, child) = format.scale(W), name.rpartition(".")
+                int4 = Int4Linear(format.code(W / per_column(scale, W.shape[1])), scale)
                 setattr(model.get_submodule(parent), child, int4)
         length, compile = len(prompt) + n, not small
         ways = {"simple, first": lambda: model, "simple": lambda: model,
