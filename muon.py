@@ -69,7 +69,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, groups, lr=5e-4, momentum=0.95, weight_decay=0.01, allow_tables=False):
-        self.allow_tables = allow_tables
+        self.roles = ROLES if allow_tables else ROLES[2:]
         super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -77,8 +77,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for params in self.trained(group):
                 for p, update in zip(params, self.updates(params, group["momentum"])):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.sub_(update, alpha=group["lr"])
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
 
     def trained(self, group):
         """The parameters of a group that have a gradient, in lists of equal shape."""
@@ -87,7 +86,8 @@ class Muon(torch.optim.Optimizer):
     def updates(self, params, beta: float):
         """muon_update() of parameters of equal shape, [k, ...]. Momenta are kept, zero at first."""
         grads = torch.stack([p.grad for p in params])
-        momenta = torch.stack([self.state[p].get("momentum", torch.zeros_like(p)) for p in params])
+        old = (self.state[p]["momentum"] if self.state[p] else torch.zeros_like(p) for p in params)
+        momenta = torch.stack([*old])
         update, momenta = muon_update(grads, momenta, beta)
         for p, momentum in zip(params, momenta):
             self.state[p]["momentum"] = momentum
@@ -97,8 +97,8 @@ class Muon(torch.optim.Optimizer):
         if "role" not in group:
             raise ValueError("Muon wants groups with a role, as parameter_groups() makes them")
         for name, p in group["params"]:
-            is_table = group["role"] in TABLES and not self.allow_tables
-            if is_table or p.ndim > 2 or (p.ndim < 2) != (group["role"] == "gain"):
+            fits = p.ndim < 2 if group["role"] == "gain" else p.ndim == 2
+            if group["role"] not in self.roles or not fits:
                 raise ValueError(f"{name} {tuple(p.shape)}, {group['role']}: Muon is not for it")
         super().add_param_group(group)
 
@@ -117,8 +117,8 @@ def same_shapes(params, limit: int = 2**27):
 
 # Who is optimized by what
 
-TABLES = ("embedding", "head")  # a row for each token of the vocabulary
-ROLES = (*TABLES, "matrix", "embproj", "gain")
+ROLES = ("embedding", "head", "matrix", "embproj", "gain")
+TABLES = ROLES[:2]  # they have a row for each token of the vocabulary
 
 
 def role_of(name: str, p, module: torch.nn.Module) -> str:
