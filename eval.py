@@ -184,7 +184,7 @@ def headline(model, data, loss: float, kurtosis_per_layer: list[float]) -> dict:
 def evaluate(model, data, n_windows=None, batch_size=None, ranks=None) -> dict:
     """Loss, and kurtosis of the residual stream, on n_windows fixed windows or on all.
 
-    `ranks` (nanoosp.machine) may share the windows among them. The result does not depend on their
+    `ranks` (nanoosp.ranks) may share the windows among them. The result does not depend on their
     number or on batch_size beyond rounding.
     """
     numbers = data.evaluation_windows(n_windows or data.n_windows)
@@ -275,7 +275,7 @@ def attention_sinks(model, data, n_windows: int = 32) -> dict:
 
 def at_four_bits(model, data, n_windows=None, batch_size=None, ranks=None) -> dict:
     """evaluate() of the model at 4-4-4: rounded to nearest, and with a Hadamard in the FFN."""
-    from quantize import Recipe, quantize  # only here: nothing else in this file needs it
+    from quantize import Recipe, quantize  # only here: training starts without it
 
     results = {}
     for method in ("rtn", "had"):

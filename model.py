@@ -95,7 +95,7 @@ class EmbProj(nn.Linear):
     """A learned D x D matrix after the embedding or before the head (sec. 3.3). Starts orthogonal.
 
     Adam trains the embedding, and its per-channel steps favour some channels. This matrix lets the
-    model spread them over all channels before they enter the residual stream.
+    model spread what these hold over all channels before it enters the residual stream.
     """
 
     def __init__(self, dim: int):
@@ -211,7 +211,8 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def _initialize(self):
         """As in GPT-2: N(0, 0.02), and less for what writes to the residual stream, so that it does
-        not grow with depth. The paper gives only EmbProj's. Its code has 1/sqrt(inputs) for all."""
+        not grow with depth. The paper says it of EmbProj alone; its code draws all with a standard
+        deviation of 1/sqrt(inputs)."""
         for name, module in self.named_modules():
             if isinstance(module, EmbProj):
                 nn.init.orthogonal_(module.weight)
@@ -290,7 +291,7 @@ class Transformer(nn.Module):
 def hooked(hooks):
     """`hooks`: pairs (module, function). In the `with` block, function(module, inputs, output) runs
     after each module's forward; what it returns, unless None, replaces the output. Compiled code
-    would skip hooks, so the block runs everything eagerly."""
+    would skip hooks, so all runs eagerly in the `with` block."""
     handles = [module.register_forward_hook(function) for module, function in hooks]
     try:
         with torch.compiler.set_stance("force_eager"):

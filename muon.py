@@ -7,7 +7,7 @@ G = U S V^T by about U V^T: all directions move alike, and no channel is special
 Glossary: name here, symbol in the paper or its code, meaning
     newton_schulz   eq. 2            the approximate map G = U S V^T -> U V^T
     momentum        buf              running sum of gradients, buf = g + beta buf
-    X, A            (in their code)  the iterate, and its Gram matrix X X^T
+    X, A            (Jordan's code)  the iterate, and its Gram matrix X X^T
 
 The paper gives only eq. 2. Momentum, the coefficients (Jordan 2024) and the factor 0.2 sqrt(max)
 (Moonlight 2025) follow its released code, optimization.py.
@@ -21,6 +21,10 @@ that is in nanoosp/divided.py.
 import math
 
 import torch
+
+# What a parameter can be
+ROLES = ("embedding", "head", "matrix", "embproj", "gain")
+TABLES = ("embedding", "head")  # they have a row for each token of the vocabulary
 
 
 def newton_schulz(G, steps: int = 5):
@@ -49,15 +53,15 @@ def muon_update(grads, momenta, beta: float = 0.95):
     size: entries move by about 0.2 (root mean square), however small the gradient.
     """
     momenta = beta * momenta + grads  # no (1 - beta) on the gradient: the scale cancels below
-    u = grads + beta * momenta  # Nesterov: look one step ahead
-    if u.ndim == 3:
-        unit = newton_schulz(u)
+    ahead = grads + beta * momenta  # Nesterov: look one step ahead
+    if ahead.ndim == 3:
+        unit = newton_schulz(ahead)
     else:  # gains have no singular values: like the official code, divide by the 2-norm
-        rows = u.reshape(len(u), -1)  # [k, n]; a single gain, n = 1, becomes its sign
-        unit = (rows / (rows.norm(dim=1, keepdim=True) + 1e-8)).view_as(u)
+        rows = ahead.reshape(len(ahead), -1)  # [k, n]; a single gain, n = 1, becomes its sign
+        unit = (rows / (rows.norm(dim=1, keepdim=True) + 1e-8)).view_as(ahead)
     # m orthonormal rows of length n >= m have entries of about 1 / sqrt(n). sqrt(max) makes them
-    # about 1, and 0.2 is the usual size of Adam's entries: so the same lr suits both.
-    return 0.2 * math.sqrt(max(u.shape[1:], default=1)) * unit, momenta
+    # about 1, and 0.2 is the usual size of Adam's updates: so the same lr suits both.
+    return 0.2 * math.sqrt(max(ahead.shape[1:], default=1)) * unit, momenta
 
 
 class Muon(torch.optim.Optimizer):
@@ -69,7 +73,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, groups, lr=5e-4, momentum=0.95, weight_decay=0.01, allow_tables=False):
-        self.roles = ROLES if allow_tables else ROLES[2:]
+        self.roles = [role for role in ROLES if allow_tables or role not in TABLES]
         super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -96,7 +100,7 @@ class Muon(torch.optim.Optimizer):
     def add_param_group(self, group):
         if "role" not in group:
             raise ValueError("Muon wants groups with a role, as parameter_groups() makes them")
-        for name, p in group["params"]:
+        for name, p in group["params"]:  # torch.optim takes pairs, too, and keeps the tensors
             fits = p.ndim < 2 if group["role"] == "gain" else p.ndim == 2
             if group["role"] not in self.roles or not fits:
                 raise ValueError(f"{name} {tuple(p.shape)}, {group['role']}: Muon is not for it")
@@ -116,9 +120,6 @@ def same_shapes(params, limit: int = 2**27):
 
 
 # Who is optimized by what
-
-ROLES = ("embedding", "head", "matrix", "embproj", "gain")
-TABLES = ROLES[:2]  # they have a row for each token of the vocabulary
 
 
 def role_of(name: str, p, module: torch.nn.Module) -> str:
@@ -143,11 +144,12 @@ def parameter_groups(model: torch.nn.Module) -> list[dict]:
     return [{"role": role, "params": params} for role, params in groups.items() if params]
 
 
-def make_optimizers(model, optimizer: str, lr, embed_lr, weight_decay, Muon=Muon) -> list:
+def make_optimizers(model, optimizer: str, lr, embed_lr, weight_decay, kind=Muon) -> list:
     """The optimizers of a run. Each of their groups has a "peak_lr", which the schedule scales.
 
     "adam" is AdamW for all. "muon" is AdamW at embed_lr for embedding and head, Muon for the rest.
     "muon-only" is Muon for all, the paper's dagger row. All weights decay, as in the paper's code.
+    kind: the class of Muon; on several ranks DividedMuon, of nanoosp/divided.py.
     """
     with_adam = {"adam": ROLES, "muon": TABLES, "muon-only": ()}[optimizer]
     groups = parameter_groups(model)
@@ -157,6 +159,6 @@ def make_optimizers(model, optimizer: str, lr, embed_lr, weight_decay, Muon=Muon
     to_muon = [group for group in groups if group["role"] not in with_adam]
     to_adam = [group for group in groups if group["role"] in with_adam]
     usual = dict(betas=(0.9, 0.95), fused=model.embed.weight.is_cuda)  # fused: a single kernel
-    muon = [Muon(to_muon, weight_decay=weight_decay, allow_tables=not to_adam)] if to_muon else []
+    muon = [kind(to_muon, weight_decay=weight_decay, allow_tables=not to_adam)] if to_muon else []
     adam = [torch.optim.AdamW(to_adam, weight_decay=weight_decay, **usual)] if to_adam else []
     return muon + adam

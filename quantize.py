@@ -5,7 +5,7 @@
 
 The bits W-A-KV, as in 4-4-4, are those of weights, activations, and keys and values: 2 to 8, or 16
 for "leave alone". Each method does what those before it do, and one thing more:
-    rtn        round every weight to the nearest of its 2^b values
+    rtn        round all to the nearest of 2^b values, and with KV under 16 rotate Q and K (R3)
     had        + rotate the FFN's hidden state by a Hadamard matrix: outliers survive there
     gptq       + let weights not yet rounded make up for the error of those that are (Frantar 2023)
     quarot     + rotate residual stream and values by random Hadamard matrices (Ashkboos 2024)
@@ -15,7 +15,7 @@ for "leave alone". Each method does what those before it do, and one thing more:
 and activations: blocks of 32 or 16 values, with scales of their own (nanoosp/formats.py).
 
 Values are rounded to what 4 bits can hold and used in full precision ("fake" quantization): this
-measures the damage, and makes nothing faster. Embedding, head and norms stay as they are.
+measures the damage, and makes nothing faster. Embedding, head and norms are not rounded.
 
 Glossary: name here, symbol in the papers, meaning
     code, scale, zero  q, s, z  a value is s (q - z), q an integer of b bits; weights have no z. In
@@ -88,7 +88,7 @@ class Int:
         """Scales [out, groups] for a weight [out, in]: one a row, or one for each group of columns.
 
         s = max|w| / m, with m the largest code, keeps the widest value. A smaller s cuts it off and
-        makes all other steps finer: of 80 we take that with the least error to the power of 2.4.
+        makes the grid finer: of 80 we take that with the least error, to the power of 2.4.
         """
         n = self.group or W.shape[1]
         if W.shape[1] % n:
@@ -112,7 +112,8 @@ class Int:
 
     def round(self, x, head_dim: int = 0):
         """Round activations x [..., C], every token's vector in a range of its own, which has 0 in
-        it. head_dim: C is heads * head_dim, and every head has its range, which may lie off 0."""
+        it. head_dim: C is heads * head_dim, and every head has its range, which may lie off 0, as
+        in the official code."""
         if not head_dim:
             return round_vectors(x, self.bits, self.symmetric, keep_zero=True)
         if x.shape[-1] % head_dim:
@@ -237,7 +238,7 @@ def gptq(W, H, scale, format, block: int = 128):
 
 def gptq_together(weights: dict, H, format) -> dict:
     """GPTQ of weights [out, in] that read the same inputs, stacked into one matrix: rows do not
-    depend on each other. Changes the weights; returns their scales. Both go by names."""
+    depend on each other. Changes the weights; returns their scales. Both are dicts by name."""
     W = torch.cat([*weights.values()])
     scale = torch.cat([format.scale(weight) for weight in weights.values()])
     try:
@@ -258,11 +259,11 @@ def gptq_weights(model, tokens, recipe: Recipe) -> dict:
     format = format_of(recipe, recipe.w)
     scales = {}
     for half in halves(model, tokens):  # "blocks.0.attn", "blocks.0.ffn", "blocks.1.attn", ...
-        for point, parts in half.points.items():  # "at_input", ["q_proj", "k_proj", ...]
+        for point, names in half.points.items():  # "at_input", ["q_proj", "k_proj", ...]
             H = inputs_hessian(half.run_to(point))
-            weights = {f"{half.name}.{part}": getattr(half.part, part).weight for part in parts}
+            weights = {f"{half.name}.{name}": getattr(half.part, name).weight for name in names}
             scales |= gptq_together(weights, H, format)
-        half.add(parts[-1])  # to the residual stream: the next half reads what the rounded one adds
+        half.add(names[-1])  # to the residual stream: the next half reads what the rounded one adds
     return scales
 
 
@@ -285,7 +286,7 @@ def rotations(model, recipe: Recipe, calibration):
     device = model.embed.weight.device
     R1, R2 = (R.to(device) for R in random_rotations(model.config, recipe.seed))
     if recipe.learns:
-        rounded = Transformer.from_weights(model.config, model.state_dict())  # its hooks go with it
+        rounded = Transformer.from_weights(model.config, model.state_dict())  # for its hooks
         attach_ffn_hadamard(rounded)
         attach_rounding(rounded, recipe, straight_through=True)
         R1, R2 = learn_rotations(rounded, R1, R2, calibration, recipe.steps, recipe.lr)

@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 from nanoosp.methods import OPTIMIZERS, OSP
-from nanoosp.options import answer_before_torch, begin, command, fill, give, option, parse
+from nanoosp.options import answer_before_torch, as_if_given, begin, command, fill, option, parse
 from nanoosp.run_options import RunOptions, presets_table, resume, settle
 
 # A row has the values of options that are left out. Learning rates of tiny and toy come from sweeps
@@ -45,7 +45,7 @@ PRESETS = {
 
 @dataclass
 class Options(RunOptions):
-    """None: resolve() gives the preset's value."""
+    """What is trained. An option that is None gets its value in resolve()."""
 
     osp: bool = option(False, "all three: --optimizer muon --norm ss --embproj", launch=True,
                        group="the method: each part of OSP is a switch")
@@ -56,11 +56,11 @@ class Options(RunOptions):
 
     preset: str = option(None, "shape and schedule (default: toy on CUDA, else tiny)",
                          choices=list(PRESETS), group="the model and its text")
-    data: str = option(None, "output of data/*.py, or llm.c's or nanoGPT's .bin", may_change=True)
+    data: str = option(None, "a folder of data/prepare.py, llm.c or nanoGPT", may_change=True)
     n_layer: int = option(None, "blocks", high=1000)
     n_head: int = option(None, "attention heads")
     n_embd: int = option(None, "channels of the residual stream")
-    vocab_size: int = option(None, "embedding rows (default: the ids, to multiples of 64)")
+    vocab_size: int = option(None, "embedding rows (default: the ids, up to a multiple of 64)")
     seq_len: int = option(None, "tokens per sequence", low=2)
 
     steps: int = option(None, "optimizer steps in all", may_change=True, group="the optimization")
@@ -98,7 +98,8 @@ def trapezoid(step: int, steps: int, warmup: int, cooldown: int) -> float:
 
 
 def model_config(opt, n_ids: int) -> Config:
-    """The shape of the model for a tokenizer with `n_ids` ids. Raises ValueError if it has more."""
+    """The shape of the model for a tokenizer with `n_ids` ids. Raises ValueError if these are more
+    than --vocab-size."""
     vocab_size = opt.vocab_size or math.ceil(n_ids / 64) * 64  # 64: fast matrix products
     check_vocabulary(vocab_size, n_ids)
     return Config(opt.n_layer, opt.n_head, opt.n_embd, vocab_size, opt.norm, opt.embproj)
@@ -108,9 +109,9 @@ def build(opt, n_ids: int, ranks):
     """(model, optimizers, forward). Training calls forward: the model, or DDP around it."""
     torch.manual_seed(opt.seed)
     with torch.device(ranks.device if opt.device == "cuda" else "cpu"):
-        model = Transformer(model_config(opt, n_ids)).to(ranks.device)  # on a GPU drawn there: fast
-    rates = (opt.lr, opt.embed_lr, opt.weight_decay)
-    optimizers = make_optimizers(model, opt.optimizer, *rates, muon_of(ranks))
+        model = Transformer(model_config(opt, n_ids)).to(ranks.device)  # CUDA draws its own, fast
+    optimizers = make_optimizers(model, opt.optimizer, opt.lr, opt.embed_lr, opt.weight_decay,
+                                 muon_of(ranks))
     forward = ranks.average_gradients(speed_up(model, opt))
     return model, optimizers, forward
 
@@ -118,7 +119,7 @@ def build(opt, n_ids: int, ranks):
 def backward(forward, batch, micro_batch_size: int, ranks):
     """Accumulate the gradient of the mean loss of `batch` [rows, T + 1]. Returns that mean."""
     total = 0.0
-    parts = batch.split(micro_batch_size)  # of equal size
+    parts = batch.split(micro_batch_size)  # of equal size: the mean of their means is the mean
     for i, rows in enumerate(parts):
         is_last = i == len(parts) - 1  # only then does DDP average the gradients over ranks
         with nullcontext() if is_last or ranks.world == 1 else forward.no_sync():
@@ -129,8 +130,8 @@ def backward(forward, batch, micro_batch_size: int, ranks):
 
 
 def optimizer_step(step: int, opt, batch, built, ranks) -> tuple[float, float]:
-    """Training step number `step` on this rank's `batch` [rows, T + 1], of what build() returned.
-    Returns loss and gradient norm. Raises ArithmeticError if they are not finite."""
+    """Training step number `step`, on this rank's `batch` [rows, T + 1]. `built`: what build()
+    returned. Returns loss and gradient norm. Raises ArithmeticError if they are not finite."""
     model, optimizers, forward = built
     factor = trapezoid(step, opt.steps, opt.warmup, opt.cooldown)
     for optimizer in optimizers:
@@ -138,7 +139,7 @@ def optimizer_step(step: int, opt, batch, built, ranks) -> tuple[float, float]:
             group["lr"] = group["peak_lr"] * factor
     loss = backward(forward, batch, opt.micro_batch_size, ranks)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), opt.grad_clip or math.inf)
-    loss, norm = ranks.mean(torch.stack([loss, norm]))
+    loss, norm = ranks.mean(torch.stack([loss, norm]))  # the norm is everywhere the same
     check_finite(f"loss {loss}, gradient norm {norm} in step {step}", loss, norm)
     for optimizer in optimizers:
         optimizer.step()
@@ -153,7 +154,7 @@ def train(opt, state, ranks):
     model, optimizers, _ = built
     run = Run(opt, ranks, model, optimizers, data, state)
     measured_on = (val, opt.eval_windows, opt.micro_batch_size, ranks)
-    if not state:
+    if run.start == 0:
         run.log_evaluation(0, evaluate(model, *measured_on))
     for step in run.steps():  # shows progress, saves once in a while, and stops at a signal
         batch = torch.from_numpy(data.batch(step - 1, opt.batch_size, ranks.rank, ranks.world))
@@ -167,10 +168,10 @@ def train(opt, state, ranks):
 
 
 def resolve(opt):
-    """Fill in the options that are None: with the run's (--resume), then the preset's, then these.
-    Nobody changes an option after this. Returns the checkpoint to resume from, or None."""
+    """Give options that are None their values: first those of the run that is resumed, then the
+    preset's, then what follows from these. Returns the checkpoint to resume from, or None."""
     if opt.osp:
-        give(opt, OSP)
+        as_if_given(opt, OSP)
     state = resume(opt)
     opt.device = pick_device(opt.device)
     fill(opt, preset="toy" if opt.device == "cuda" else "tiny", embproj=False)
@@ -178,7 +179,7 @@ def resolve(opt):
     lr = preset["lr"]["adam" if opt.optimizer == "adam" else "muon"]
     fill(opt, **dict(preset, lr=lr))
     fill(opt, embed_lr=2 * opt.lr, warmup=opt.steps // 20, cooldown=opt.steps // 5)
-    settle(opt, state)  # how this machine computes it; ends the program if options do not fit
+    settle(opt, state)  # what the machine decides; ends the program if options do not fit
     return state
 
 

@@ -6,7 +6,7 @@ from data.dataset import Dataset, find_dataset
 
 
 def open_datasets(name: str, seq_len: int, seed: int, ranks):
-    """(training split, validation split). `ranks`, of nanoosp.machine: only the first one fetches.
+    """(training split, validation split). `ranks`, of nanoosp.ranks: only the first one fetches.
     Raises FileNotFoundError for a dataset that is not there, and what Dataset and prepare() do."""
     directory = find_dataset(name)
     if name == "shakespeare" and not directory.exists() and ranks.first:

@@ -1,4 +1,4 @@
-"""Checkpoints: what Run.save writes, and how a run or anything else takes it up again. Only data is read, never code."""
+"""Checkpoints: what Run.save writes, and how it is read again: only as data, never as code."""
 
 from dataclasses import fields
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Muon divided among the ranks of torch.distributed: each of N GPUs orthogonalizes an Nth of the matrices.
 
-DDP gives every rank the same averaged gradients. Of each list of equal shapes a rank takes a share: it keeps the momenta
-and computes the updates of that share alone, then all ranks exchange their updates. Rank 0's state_dict() is what one
-process would have, and it loads on any number of ranks.
+DDP gives every rank the same averaged gradients. Of each list of equal shapes a rank takes a share: it keeps the
+momenta and computes the updates of that share alone, then all ranks exchange their updates. Rank 0's state_dict() is
+what one process would have, and it loads on any number of ranks.
 """
 
 import math
@@ -25,7 +25,8 @@ class DividedMuon(Muon):
         super().__init__(groups, **options)
 
     def trained(self, group):
-        """Lists of all that is trained: DDP has a gradient for all of it. The limit of a list is that of a share."""
+        """Lists of all that is trained: DDP has a gradient for all of it. With more ranks to share them, lists may be
+        longer."""
         return same_shapes((p for p in group["params"] if p.requires_grad), limit=self.world * 2**27)
 
     def share(self, params):
@@ -37,7 +38,7 @@ class DividedMuon(Muon):
         mine = self.share(params)
         if mine:
             update = super().updates(mine, beta)
-        else:  # no row, but of the type that the others send
+        else:  # this rank sends no row, but it has to know the type of the others'
             nothing = torch.stack(params[:1])
             update = muon_update(nothing, nothing, beta)[0][:0]
         return self.all_gathered(update, len(params))
@@ -61,9 +62,10 @@ class DividedMuon(Muon):
                 zero = torch.zeros_like(params[0])
                 rows = [self.state[p].get("momentum", zero) for p in self.share(params)]
                 momenta = self.all_gathered(torch.stack([*rows, zero])[:-1], len(params))  # there may be no rows
-                for p, momentum in zip(params, momenta) if self.rank == 0 else ():
-                    momentum = momentum.to("cpu", copy=True)  # a GPU is too small for everyone's
-                    complete["state"][numbers[p]] = dict(momentum=momentum)
+                if self.rank == 0:
+                    for p, momentum in zip(params, momenta):
+                        momentum = momentum.to("cpu", copy=True)  # a GPU is too small for everyone's
+                        complete["state"][numbers[p]] = dict(momentum=momentum)
                 del momenta  # before the next are gathered
         return complete
 

@@ -8,8 +8,8 @@ import torch.nn as nn
 
 
 def speed_up(model: nn.Module, opt) -> nn.Module:
-    """Let `model` compute in opt.dtype, and sooner if opt.recompute, opt.compile or opt.cuda_graph say so. Parameters stay
-    fp32, and a state_dict calls them what it did. Returns what training is to call."""
+    """Let `model` compute in opt.dtype, and sooner if opt.compile or opt.cuda_graph say so. Parameters stay fp32 and keep
+    their names. Returns the model, which training is to call."""
     compute_in(model, opt.dtype)
     model.recompute = opt.recompute
     if opt.compile:
@@ -33,8 +33,8 @@ def compute_in(model: nn.Module, dtype: str):
 
 def record(model: nn.Module, rows: int, n_tokens: int):
     """Record model(tokens, targets), both [rows, n_tokens], and its backward; later calls replay them and take no other
-    arguments. In eval mode the model runs as before. Weights may change, but not move in memory. Every backward writes its
-    gradients to the same place, so there can be only one a step."""
+    arguments. In eval mode the model runs as before. Weights may change, but not move in memory. Every backward writes
+    its gradients to the same place, so there can be only one a step."""
     example = torch.zeros(rows, n_tokens, dtype=torch.long, device=model.embed.weight.device)
     # Gradients are added up on another stream than the graph was recorded on, as they should be
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
@@ -42,8 +42,8 @@ def record(model: nn.Module, rows: int, n_tokens: int):
 
 
 def freeze_garbage_later(model: nn.Module):
-    """When `model` is called for the second gradient, tell Python's garbage collector to leave alone what is there: what
-    compiling made. Otherwise it rescans these objects (0.3 s) at a different step on each rank, and every rank waits."""
+    """When `model` is called for the second gradient, tell Python's garbage collector to leave alone what is there by then:
+    what compiling made. Otherwise it rescans that (0.3 s) at a different step on each rank, and every rank waits."""
     calls = 0
 
     def freeze_at_the_second(module, inputs):

@@ -73,12 +73,12 @@ def flag(name: str) -> str:
 def build_parser(options: type, docstring: str) -> Parser:
     """argparse's parser for an options dataclass. Inherited options come last. --help begins with the docstring, up to
     its notes on the code, and ends with the dataclass's `after_help`, if it has that."""
-    parser = Parser(description=re.split(NOTES, docstring)[0], allow_abbrev=False, epilog=getattr(options, "after_help", None),
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=re.split(NOTES, docstring)[0], epilog=getattr(options, "after_help", None),
+                    allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     for field in sorted(dataclasses.fields(options), key=lambda f: f.name not in options.__annotations__):
         facts, kwargs = field.metadata, dict(default=argparse.SUPPRESS, help=field.metadata["help"])
-        if field.default not in (None, False) and "(default" not in facts["help"]:
+        if field.default is not None and field.default is not False and "(default" not in facts["help"]:
             kwargs["help"] += f" (default: {field.default})"
         if facts["group"]:
             add = parser.add_argument_group(facts["group"]).add_argument
@@ -127,7 +127,7 @@ def door(name: str, module: str):
 
 
 def begin(main, *modules: str):
-    """Run a script's main(), or that of the first of `modules` whose option was given: --dry-run is for tools.dry_run."""
+    """Run a script's main(), or that of the first of `modules` whose option was given: --dry-run for tools.dry_run."""
     given = [word.replace("_", "-") for word in sys.argv[1:]]
     for module in modules:
         if flag(module.split(".")[-1]) in given:
@@ -161,7 +161,7 @@ def exit_at_once(*_):
     os._exit(interrupted())
 
 
-def give(opt, values: dict):
+def as_if_given(opt, values: dict):
     """Treat options as if they had these values on the command line, unless they are there with others."""
     for name in values.keys() - opt.given:
         setattr(opt, name, values[name])

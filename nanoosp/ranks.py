@@ -70,7 +70,7 @@ class Ranks:
         return self
 
     def __exit__(self, kind, *_):
-        StopSignal.forget()
+        StopSignal.forget()  # whatever ended the block: Ctrl-C is to end the program again
         if dist.is_initialized():
             if kind is None:
                 dist.barrier()  # a rank that is gone early can break the others' goodbye

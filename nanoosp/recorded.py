@@ -2,20 +2,8 @@
 small model Python takes longer to start each kernel than it runs."""
 
 import functools
-import warnings
 
 import torch
-
-
-def record_training(model, rows: int, n_tokens: int):
-    """Record model(tokens, targets), both [rows, n_tokens], and its backward; later calls replay them
-    and take no other arguments. In eval mode the model runs as before. Weights may change, but not
-    move in memory. Every backward writes its gradients to the same place, so there can be only one
-    a step."""
-    example = torch.zeros(rows, n_tokens, dtype=torch.long, device=model.embed.weight.device)
-    # Gradients are added up on another stream than the graph was recorded on, as they should be
-    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
-    torch.cuda.make_graphed_callables(model, (example, example.clone()))
 
 
 class Recorded:

@@ -33,7 +33,7 @@ NAMED = ("lr", "embed_lr", "weight_decay", "steps", "seed")  # options that a ne
 
 
 class Run:
-    """One run while it trains, on every rank; only the first one writes. `state`: the checkpoint to go on from, or None.
+    """One run while it trains, on every rank; only the first writes. `state`: the checkpoint to go on from, or None.
 
     Raises FileExistsError for a directory that holds another run, OSError for one that is in use.
     """
@@ -51,8 +51,8 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             found = [name for name in ("ckpt.pt", "log.jsonl", "config.json") if (self.path / name).exists()]
             if found and not state:
-                raise FileExistsError(f"{self.path} holds {', '.join(found)}: to go on with a run, --resume {self.path}; for "
-                                      "a new one, another --out")
+                raise FileExistsError(f"{self.path} holds {', '.join(found)}: to go on with a run, --resume {self.path}; "
+                                      "for a new one, another --out")
             say(f"{in_words(opt)}\n{optimizer_table(optimizers)}\n{opt.batch_size} x {opt.seq_len} tokens a step, "
                 f"{opt.steps * opt.batch_size / data.n_windows:.2g} epochs, directory {self.path}", opt.json)
         self.stop = StopSignal()
@@ -62,7 +62,7 @@ class Run:
             self.open_log()
 
     def open_log(self):
-        """Claim the log for this process. Cut off what it says of steps after the first: they will be done again."""
+        """Claim the log for this process. Cut off what it says of steps after self.start: they will be done again."""
         self.log_file = open(self.path / "log.jsonl", "a+b")
         if fcntl:
             try:
@@ -82,8 +82,8 @@ class Run:
         write_text(self.path / "config.json", json.dumps(remembered(self.opt), indent=2) + "\n")
 
     def steps(self):
-        """The steps still to do, with a progress bar. After a step this saves, if it is time. If a signal came to any rank,
-        it saves and ends the program."""
+        """The steps still to do, with a progress bar; the caller does each and calls log_step(). Then this saves, if it
+        is time. If a signal came to any rank, it saves and ends the program."""
         opt = self.opt
         bar = tqdm(range(self.start + 1, opt.steps + 1), initial=self.start, total=opt.steps,
                    disable=None if self.ranks.first else True)
@@ -96,7 +96,7 @@ class Run:
                 self.save(step)
             if stopping and step < opt.steps:
                 bar.close()
-                command = [*launcher(), sys.argv[0], "--resume", self.ranks.first and os.path.relpath(self.path)]
+                command = [*launcher(), sys.argv[0], "--resume", os.path.relpath(self.path)] if self.ranks.first else []
                 say(f"stopped after step {step}; go on with {shlex.join(map(str, command))}", opt.json)
                 sys.exit(128 + (self.stop.received or 15))  # 15: the SIGTERM that another rank got
         self.stop.forget()
@@ -110,7 +110,7 @@ class Run:
 
     def log_evaluation(self, step: int, result: dict):
         """Log and print what evaluate() found after a step. Raises ArithmeticError for a loss that is not finite."""
-        check_finite(f"validation loss after step {step}", result["val_loss"])
+        check_finite(f"the validation loss after step {step} is {result['val_loss']}", result["val_loss"])
         self.write(step=step, tokens=step * self.tokens_per_step, **result)
         say(f"step {step:>6}   validation loss {result['val_loss']:.4f}   excess kurtosis {result['kurtosis']:8.3f} "
             f"(Gaussian: {result['kurtosis_floor']:.3f})", self.opt.json)
@@ -121,7 +121,7 @@ class Run:
             self.log_file.flush()
 
     def save(self, step: int):
-        """Write the checkpoint, whole or not at all. All ranks must call this, since each has a share of Muon's momentum.
+        """Write the checkpoint, whole or not at all. All ranks must call this, since each has a share of Muon's state.
         Raises ArithmeticError for weights that are not finite."""
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise ArithmeticError(f"step {step} made weights that are not finite; {LAST_GOOD}")
@@ -165,8 +165,8 @@ def launcher() -> list[str]:
 
 
 def new_directory(opt) -> Path:
-    """Makes runs/<data>-<preset>-<configuration>, with what was given of NAMED, as in tiny-adam-lr0.002, and with a number
-    after it if that is taken."""
+    """Makes runs/<data>-<preset>-<configuration>, with what was given of NAMED, as in tiny-adam-lr0.002, and with a
+    number after it if that is taken."""
     given = [f"{name.replace('_', '-')}{getattr(opt, name)}" for name in NAMED if name in opt.given]
     name = "-".join([Path(opt.data).name, opt.preset, slug(vars(opt)), *given])
     for suffix in itertools.chain([""], (f"-{i}" for i in itertools.count(2))):

@@ -1,8 +1,8 @@
 """How a run is kept and computed: the options that train.py has besides those of its subject, their defaults where the
 machine decides, and what does not go together.
 
-Options that the run remembers, in config.json and its checkpoints, are all but those marked `launch=True` in their field.
-Those marked `may_change=True` may differ when the run is resumed.
+Options that the run remembers, in config.json and its checkpoints, are all but those marked `launch=True` in their
+field. Those marked `may_change=True` may differ when the run is resumed.
 """
 
 import math
@@ -18,25 +18,26 @@ from nanoosp.summary import table
 
 @dataclass
 class RunOptions:
-    """train.py's own options say what is trained."""
+    """How a run is kept and computed. Those that train.py adds say what is trained."""
 
     out: str = option(None, "the run's directory; without it, a new one under runs/", launch=True, group="the run")
-    resume: str = option(None, "go on with a run, with its options; with more --steps the rate climbs again", launch=True,
-                         metavar="DIR")
+    resume: str = option(None, "go on with a run, with its options; with more --steps the rate climbs again",
+                         launch=True, metavar="DIR")
     eval_every: int = option(None, "steps between evaluations (default, without a preset's: a tenth of --steps)",
                              may_change=True)
     save_every: int = option(None, "steps between checkpoints (default, without a preset's: a quarter of --steps)",
                              may_change=True)
     eval_windows: int = option(None, "sequences of validation text in an evaluation", may_change=True)
-    micro_batch_size: int = option(None, "sequences per forward on a rank; fewer save memory (default, without a preset's: "
-                                   "all of them)", may_change=True)
+    micro_batch_size: int = option(None, "sequences per forward on a rank; fewer save memory (default, without a "
+                                   "preset's: all of them)", may_change=True)
     device: str = option(None, "without it, the first of these that is there", may_change=True,
                          choices=["cuda", "mps", "cpu"])
-    dtype: str = option(None, "of matrix products; weights stay float32 (default: bfloat16 on CUDA; float8: on Hopper and "
-                        "newer)", choices=["float32", "bfloat16", "float8"])
+    dtype: str = option(None, "of matrix products; weights stay float32 (default: bfloat16 on CUDA; float8: on Hopper "
+                        "and newer)", choices=["float32", "bfloat16", "float8"])
     compile: bool = option(None, "torch.compile: slower start, faster steps (default: on CUDA, without --cuda-graph)",
                            may_change=True)
-    cuda_graph: bool = option(None, "start all kernels of forward and backward with one call: for small models on one GPU",
+    cuda_graph: bool = option(None, "start all kernels of forward and backward with one call: for small models, on "
+                              "one CUDA GPU only",
                               launch=True)
     recompute: bool = option(None, "for small GPUs: keep no activations of blocks, compute them again in backward (a "
                              "quarter slower)", may_change=True)
@@ -58,8 +59,8 @@ def presets_table(presets: dict[str, dict]) -> str:
     names = list(dict.fromkeys(name for preset in presets.values() for name in preset))
     rows = []
     for name in names:
-        values = (preset.get(name, "-") for preset in presets.values())
-        rows.append([flag(name), *("/".join(f"{x:g}" for x in v.values()) if isinstance(v, dict) else v for v in values)])
+        cells = [preset.get(name, "-") for preset in presets.values()]
+        rows.append([flag(name), *("/".join(f"{x:g}" for x in c.values()) if isinstance(c, dict) else c for c in cells)])
     return "defaults by --preset (--lr: Adam's/Muon's):\n" + table(["", *presets], rows)
 
 
@@ -68,8 +69,8 @@ def remembered(opt) -> dict:
 
 
 def resume(opt) -> dict | None:
-    """The checkpoint of opt.resume, None without it. Its run's options go into `opt`. Ends the program if others are asked
-    for that cannot change."""
+    """The checkpoint of opt.resume, None without it. Its run's options go into `opt`. Ends the program if others are
+    asked for that cannot change."""
     if not opt.resume:
         return None
     if opt.bench:
@@ -93,8 +94,8 @@ def resume(opt) -> dict | None:
 
 
 def settle(opt, state):
-    """Give the options that depend on the machine their values: how a step is divided and computed here. Ends the program
-    if options do not go together. `state`: the checkpoint of --resume, or None."""
+    """Give the options that depend on the machine their values: how a step is divided and computed here. Ends the
+    program if options do not go together. `state`: the checkpoint of --resume, or None."""
     on_cuda = opt.device == "cuda"
     fill(opt, eval_every=max(1, opt.steps // 10), save_every=max(1, opt.steps // 4))
     fill(opt, micro_batch_size=opt.batch_size, dtype="bfloat16" if on_cuda else "float32", recompute=False)
@@ -140,7 +141,8 @@ def check_options(opt, step: int):
         fail(f"--batch-size {opt.batch_size} over {n_ranks()} rank(s) is {rows} sequences each, not divisible by "
              f"--micro-batch-size {opt.micro_batch_size}")
     if opt.dtype == "float8" and opt.micro_batch_size * opt.seq_len % 16:
-        fail(f"--dtype float8 needs micro-batches of a multiple of 16 tokens, not {opt.micro_batch_size} x {opt.seq_len}")
+        fail("--dtype float8 needs micro-batches of a multiple of 16 tokens, not "
+             f"{opt.micro_batch_size} x {opt.seq_len}")
     if opt.cuda_graph and not can_record(opt):
         fail("--cuda-graph is for one GPU without torchrun; leave out --recompute and --micro-batch-size")
     if opt.data == "random" and not opt.bench:
@@ -156,5 +158,5 @@ def check_options(opt, step: int):
 def in_words(opt) -> str:
     """What will be trained, and how: one line."""
     how = "recorded" if opt.cuda_graph else "compiled" if opt.compile else "not compiled"
-    return (f"preset {opt.preset} on {opt.device} in {opt.dtype}, {how}: optimizer {opt.optimizer}, norm {opt.norm}, embproj "
-            f"{'on' if opt.embproj else 'off'}, {opt.steps} steps (--preset, --steps, ... change that)")
+    return (f"preset {opt.preset} on {opt.device} in {opt.dtype}, {how}: optimizer {opt.optimizer}, norm {opt.norm}, "
+            f"embproj {'on' if opt.embproj else 'off'}, {opt.steps} steps (--preset, --steps, ... change that)")

@@ -37,8 +37,9 @@ def optimizer_table(optimizers) -> str:
 # What a run ends with: what it reached, what four bits cost it, and the run to compare it with
 
 
-METHOD = {"optimizer", "norm", "embproj", "lr", "embed_lr"}  # what may differ between two runs that are compared,
-MACHINE = {"device", "compile", "recompute", "micro_batch_size", "eval_every", "save_every"}  # and what changes no result
+# Options that may differ between two runs that are compared: those of the method, and those that change no result
+METHOD = {"optimizer", "norm", "embproj", "lr", "embed_lr"}
+MACHINE = {"device", "compile", "recompute", "micro_batch_size", "eval_every", "save_every"}
 
 
 def run_summary(summary: dict, options: dict, directory: Path) -> str:

@@ -152,6 +152,19 @@ def test_evaluating_more_often_changes_no_weight(small_run, tmp_path):
         assert torch.equal(states[0][name], states[1][name]) and torch.equal(states[0][name], states[2][name])
 
 
+def test_a_run_that_ended_in_its_first_step_logs_the_start_when_it_is_resumed(small_run, tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "optimizer_step", interrupted)
+        with pytest.raises(SystemExit):
+            train.main([*small_run, "--steps", "4", "--eval-every", "2", "--out", str(tmp_path / "r")])
+    assert load_checkpoint(tmp_path / "r")["step"] == 0
+    train.main(["--resume", str(tmp_path / "r"), "--device", "cpu"])
+    assert set(read_log(tmp_path / "r")[1]) == {0, 2, 4}
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stop_signal_finishes_the_step_saves_and_says_how_to_resume(small_run, tmp_path, number, code):
     (process,) = start([*small_run, "--steps", "4000", "--eval-every", "4000", "--out", tmp_path / "r"], tmp_path)

@@ -34,7 +34,7 @@ import train  # noqa: E402 (it and the rest need the line above)
 from data.splits import open_datasets  # noqa: E402
 from eval import Watch, at_four_bits, evaluate, mean_loss, sites  # noqa: E402
 from nanoosp.hadamard import hadamard_transform  # noqa: E402
-from nanoosp.options import command, fail, flag, give, option, parse  # noqa: E402
+from nanoosp.options import as_if_given, command, fail, flag, option, parse  # noqa: E402
 from nanoosp.ranks import Ranks  # noqa: E402
 from nanoosp.run_options import remembered  # noqa: E402
 from quantize import Int  # noqa: E402
@@ -216,7 +216,7 @@ def main(argv=None):
     for name, value in variant.options.items():
         if name in opt.given and getattr(opt, name) != value:
             fail(f"{opt.variant} means {name} {value}: leave out {flag(name)}")
-    give(opt, variant.options)
+    as_if_given(opt, variant.options)
     train.resolve(opt)
     # this may fail, and then there should be no file
     datasets = open_datasets(opt.data, opt.seq_len, opt.seed, Ranks())
