@@ -12,6 +12,9 @@ printed. Other options of train.py are passed on to all rows. The same command a
 it was stopped: it keeps finished rows and measurements, and resumes unfinished rows.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("error: run this as python train.py --ablation")
+
 import contextlib
 import json
 import os

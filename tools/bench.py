@@ -15,6 +15,9 @@ On a GPU the kernels of one more step are listed, those that take the longest fi
 GPUs, waiting for the others counts as time of the nccl kernels.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("error: run this as python train.py --bench")
+
 import functools
 import json
 import statistics

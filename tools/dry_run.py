@@ -3,6 +3,9 @@
 Everything is built on the meta device, which has shapes but no memory.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("error: run this as python train.py --dry-run")
+
 import json
 
 import torch

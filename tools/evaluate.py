@@ -1,5 +1,8 @@
 """python eval.py TARGET... measures models, or lets them write. Its help is eval.py's docstring."""
 
+if __name__ == "__main__":
+    raise SystemExit("error: run this as python eval.py")
+
 import json
 import math
 import sys

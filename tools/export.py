@@ -1,5 +1,8 @@
 """python quantize.py TARGET --out FILE or --hf DIR. Its help is the docstring of quantize.py."""
 
+if __name__ == "__main__":
+    raise SystemExit("error: run this as python quantize.py")
+
 import time
 from dataclasses import dataclass
 from pathlib import Path
