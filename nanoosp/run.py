@@ -71,14 +71,18 @@ class Run:
                 raise OSError(f"{self.path} is in use by another process") from error
         self.log_file.seek(0)
         end = valid_end = 0
+        last = b"\n"  # line that is kept
         for line in self.log_file:
             end += len(line)
             try:
                 if json.loads(line)["step"] <= self.start and self.start > 0:
                     valid_end = end
+                    last = line
             except (ValueError, TypeError, KeyError):  # a line torn by a crash
                 pass
         self.log_file.truncate(valid_end)
+        if not last.endswith(b"\n"):  # torn just before its end: the next record needs a line of its own
+            self.log_file.write(b"\n")
         write_text(self.path / "config.json", json.dumps(remembered(self.opt), indent=2) + "\n")
 
     def steps(self):

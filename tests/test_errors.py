@@ -194,6 +194,17 @@ def test_a_torn_log_does_not_stop_a_resume(finished):
     assert set(steps) == set(range(1, 7)) and set(evaluations) >= {0, 4, 6}
 
 
+def test_a_log_torn_before_its_last_line_break_loses_no_record(finished):
+    log = finished / "log.jsonl"
+    lines = log.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines][-2:] == [4, 4]  # the step, and its evaluation
+    log.write_text("\n".join(lines))
+    train.main(["--resume", str(finished), "--steps", "6", "--device", "cpu"])
+    steps, evaluations = read_log(finished)
+    assert set(steps) == {1, 2, 3, 4, 5, 6} and set(evaluations) >= {0, 4, 6}
+    assert log.read_text().splitlines()[: len(lines)] == lines
+
+
 def test_corrupt_foreign_and_malicious_checkpoints(fails, finished, tmp_path):
     path = finished / "ckpt.pt"
     whole = path.read_bytes()
