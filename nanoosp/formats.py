@@ -39,7 +39,8 @@ def block_scale(x, name: str, per_token: bool = False):
     largest = x.float().unflatten(-1, (-1, BLOCK[name])).abs().amax(dim=-1)
     if name == "mxfp4":  # largest = m 2^e with 0.5 <= m < 1; largest / scale is then in [4, 8)
         exponent = torch.where(largest > 0, torch.frexp(largest).exponent - 3, -127)
-        return torch.ldexp(torch.ones_like(largest), exponent.clamp(-127, 127))
+        scale = torch.ldexp(torch.ones_like(largest), exponent.clamp(-127, 127))
+        return torch.where(largest.isfinite(), scale, torch.nan)  # inf and nan have no exponent
     tensor = largest.amax(dim=-1, keepdim=True) if per_token else largest.max()
     tensor = (tensor / (6 * E4M3_MAX)).clamp(min=1e-30)
     block = (largest / 6 / tensor).clamp(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)

@@ -1,5 +1,6 @@
 """MXFP4 and NVFP4, against torchao, against ml_dtypes, and by hand."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,7 @@ from nanoosp.formats import (
     round_blocks,
     stored_scale,
 )
-from quantize import Recipe, attach_rounding, linears, nearest_code, per_column, quantize
+from quantize import Recipe, attach_rounding, linears, nearest_code, per_column, quantize, round_tokens
 from tools.packed import from_integer, pack, packed_model, save_packed, to_integer, unpack
 
 FORMATS = list(BLOCK)
@@ -75,6 +76,19 @@ def test_mxfp4_is_torchaos(kind):
     theirs = mx.to_dtype(data.view(torch.uint8), scale, torch.float4_e2m1fn_x2, 32, torch.float32)
     assert torch.equal(rounded(W, "mxfp4"), theirs)
     assert torch.equal(block_scale(W, "mxfp4").log2() + 127, scale.view(torch.uint8).float())
+
+
+@pytest.mark.parametrize("broken", [math.inf, -math.inf, math.nan])
+def test_activations_that_are_not_finite_stay_so_in_every_format(broken):
+    x = torch.randn(2, 64)
+    x[0, 40] = broken
+    for rounded in (round_tokens(x, 4), round_blocks(x, "mxfp4"), round_blocks(x, "nvfp4")):
+        assert rounded[0, 32:].isnan().all() and rounded[1].isfinite().all()
+    assert round_blocks(x, "mxfp4").isnan().sum() == 32  # of its block only
+    if math.isnan(broken):  # where torchao agrees; of inf it makes numbers
+        mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
+        scale, _ = mx.to_mx(x, torch.float4_e2m1fn_x2, 32)
+        assert torch.equal(block_scale(x, "mxfp4").isnan(), scale.float().isnan())
 
 
 @pytest.mark.parametrize("kind", samples())
