@@ -136,6 +136,12 @@ def encode_document(encoding, document: str) -> np.ndarray:
     return ids if beginning(encoding)[:1] == [end] else np.concatenate([[end], ids])
 
 
+def document_bytes(document: str) -> int:
+    """What bits per byte are counted by: bytes in UTF-8, and one for the end of the document, since
+    the separator costs bits too. (JSON can hold half a surrogate pair, which is read as "?".)"""
+    return len(document.encode("utf-8", "replace")) + 1
+
+
 BORDER = re.compile(r"\n<\|endoftext\|>[^\S\n]*(?=\n|\Z)")  # found from its fixed characters: fast
 
 

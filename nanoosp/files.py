@@ -62,7 +62,7 @@ READ_ERRORS = (OSError, *DAMAGED)
 
 def opened(path):
     """The file's bytes, decompressed if its name ends in .gz or .xz, as a file to read from."""
-    return OPENERS.get(Path(path).suffix, open)(path, "rb")
+    return OPENERS.get(Path(path).suffix.lower(), open)(path, "rb")
 
 
 def decoded(data: bytes, offset: int = 0) -> str:
