@@ -21,6 +21,7 @@ import torch
 from data.dataset import TOKENIZER_JSON
 from data.tokenizer import JsonTokenizer, beginning, json_from_encoding, separator, tokenizer_of
 from model import Config, Transformer
+from nanoosp.checkpoint import check_weights
 from nanoosp.files import as_json, read_log, read_text, require, whole, write_text
 
 PURPOSE = "a Hugging Face directory"
@@ -210,8 +211,9 @@ def save_llama(model, directory, options: dict, data: dict, evaluation=None, sha
     A model that load_llama() has read gets back all CARRIED files.
 
     `options` and `data` are those of its checkpoint, `evaluation` is a record of its log. Raises
-    FileExistsError if `directory` exists, OSError if it cannot be written, ValueError for a
-    quantized model or a tokenizer without tokenizer.json, and ImportError without transformers.
+    FileExistsError if `directory` exists, OSError if it cannot be written, ArithmeticError for
+    weights that are not finite, ValueError for a quantized model or a tokenizer without
+    tokenizer.json, and ImportError without transformers.
     """
     directory = Path(directory)
     if directory.exists() or directory.is_symlink():
@@ -220,6 +222,7 @@ def save_llama(model, directory, options: dict, data: dict, evaluation=None, sha
         raise ValueError("a quantized model is no plain LLaMA: export the model it was made from")
     if model.config.norm != "rms" or model.config.embproj:
         model = model.fold()
+    check_weights(model.state_dict(), directory)
     encoding = tokenizer_of(data)
     end_ids = ends_of(options, encoding)
     theirs = their_model(model, options, end_ids[:1], first_ids(encoding) or end_ids[:1])

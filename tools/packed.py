@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 
 from model import Config, Transformer
+from nanoosp.checkpoint import check_weights
 from nanoosp.files import save_archive
 from nanoosp.formats import BLOCK, E2M1, read_scale, stored_scale
 from quantize import Recipe, attach_ffn_hadamard, attach_rounding, linears, per_column, weight_codes
@@ -54,12 +55,14 @@ def unpack(packed):
 def save_packed(model, path: Path, options: dict, data: dict):
     """Write a model of quantize(), whole or not at all, with `options` and `data` of its run.
 
-    Raises ValueError unless its weights have 4 bits, OSError if the file cannot be written.
+    Raises ValueError unless its weights have 4 bits, ArithmeticError if they are not finite, OSError
+    if the file cannot be written.
     """
     recipe = model.recipe
     if recipe.w != 4:
         raise ValueError(f"a file holds weights of 4 bits, not {recipe.w}")
     weights = {name: W.cpu() for name, W in model.state_dict().items()}
+    check_weights(weights, path)  # rotating and rounding can overflow
     if torch.equal(weights["head.weight"], weights["embed.weight"]):  # they were tied
         weights["head.weight"] = weights["embed.weight"]  # one storage, which torch writes once
     scales = {name: scale.cpu() for name, scale in model.scales.items()}
