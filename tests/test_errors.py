@@ -61,7 +61,7 @@ def test_impossible_numbers(fails, small_run):
     fails([*small_run, "--steps", "0"], 2, "--steps 0")
     fails([*small_run, "--lr", "-1"], 2, "--lr")
     fails([*small_run, "--steps", "9", "--warmup", "10"], 2, "--warmup 10")
-    fails([*small_run, "--n-head", "5"], 2, "n_head 5")
+    fails([*small_run, "--n-head", "5"], 2, "--n-embd 32", "--n-head 5")
     fails([*small_run, "--lr", "inf"], 2, "--lr inf")
     fails([*small_run, "--ablation", "--seeds", "0"], 2, "--seeds 0")
     fails([*small_run, "--seeds", "2"], 2, "--seeds are for --ablation")

@@ -29,7 +29,7 @@ from data.dataset import RandomTokens
 from data.splits import open_datasets
 from nanoosp.machine import peak_memory_gib
 from nanoosp.methods import label
-from nanoosp.options import command, fill, parse
+from nanoosp.options import command, parse
 from nanoosp.ranks import Ranks, say
 
 UNTIMED = 2  # steps: the first compiles, in the second the memory pools settle
@@ -46,7 +46,6 @@ DATASHEET = {  # dense bfloat16 FLOP/s, by words in the name that torch gives th
 def main(argv=None):
     began = time.perf_counter()
     opt = parse(train.Options, train.__doc__, argv)
-    fill(opt, steps=10, data="random")
     train.resolve(opt)
     say(f"{label(vars(opt))}, preset {opt.preset}, on {opt.device} in {opt.dtype}", opt.json)
     with Ranks.start(opt.device) as ranks:
