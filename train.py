@@ -85,7 +85,6 @@ def defaults(opt):
     fill(opt, embed_lr=2 * opt.lr, warmup=opt.steps // 20, cooldown=opt.steps // 5)
 
 
-# --help, misspelt options and those that do not go together
 answer_before_torch("train.py", Options, lambda opt: check_before_torch(opt, defaults))
 
 import torch

@@ -39,13 +39,6 @@ def model_from_checkpoint(state: dict, device="cpu"):
         raise ValueError(f"the checkpoint's weights do not fit its config: {last_line(error)}") from error
 
 
-def check_weights(weights: dict, path):
-    """Raise ArithmeticError if a tensor of `weights`, which are to be written to `path`, holds inf or nan."""
-    for name, W in weights.items():
-        if not W.isfinite().all():
-            raise ArithmeticError(f"{name} holds numbers that are not finite: {path} would be of no use, and is not written")
-
-
 def check_data(trained_on: dict, data):
     """Raise ValueError unless a run was trained on this Dataset. `trained_on`: what its checkpoint says of its data."""
     if trained_on != data.meta:

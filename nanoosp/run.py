@@ -81,8 +81,7 @@ class Run:
             except (ValueError, TypeError, KeyError):  # a line torn by a crash
                 pass
         self.log_file.truncate(valid_end)
-        if not last.endswith(b"\n"):  # torn just before its end: the next record needs a line of its own
-            self.log_file.write(b"\n")
+        self.log_file.write(b"" if last.endswith(b"\n") else b"\n")  # torn there: the next needs a line of its own
         write_text(self.path / "config.json", json.dumps(remembered(self.opt), indent=2) + "\n")
 
     def steps(self):

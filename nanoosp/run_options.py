@@ -69,22 +69,18 @@ def remembered(opt) -> dict:
 
 
 def check_before_torch(opt, defaults):
-    """End the program if options do not go together, whatever device there is. `defaults` fills in those of a preset. With
-    --resume the others are in a checkpoint, which takes torch to read, so resolve() looks at them."""
+    """End the program if options do not go together, whatever device there is. `defaults` fills in those of a preset.
+    With --resume the others are in a checkpoint, which takes torch to read, so resolve() looks at them."""
     expand(opt)
-    if opt.ablation:
-        check_ablation(opt)
-    if opt.resume:
-        return
-    found = []
     for device in [opt.device] if opt.device else ["cpu", "cuda"]:
         trial = copy.deepcopy(opt)
         trial.device = device
         defaults(trial)
         fit_to_machine(trial)
-        found.append(next(problems(trial, 0), None))
-    if all(found):
-        fail(found[0])
+        problem = next(problems(trial, 0), None)
+        if opt.resume or not problem:
+            return
+    fail(problem)
 
 
 def expand(opt):
@@ -93,21 +89,16 @@ def expand(opt):
         give(opt, OSP)
     if opt.bench:
         fill(opt, steps=10, data="random")
+    if opt.ablation and opt.given & {"osp", "optimizer", "norm", "embproj", "resume"}:
+        fail("--ablation chooses the parts of OSP itself, and goes on by itself if started again")
+    if opt.ablation and (opt.bench or opt.dry_run):
+        fail(f"--{'bench' if opt.bench else 'dry-run'} is for one model; leave out --ablation")
+    if opt.ablation and "RANK" in os.environ:
+        fail("the rows of --ablation are processes of their own: use --gpus N instead of torchrun")
     if opt.resume and opt.bench:
         fail("--bench measures a fresh model; leave out --resume")
     if opt.resume and opt.out:
         fail("--resume goes on in the run's own directory; leave out --out")
-
-
-def check_ablation(opt):
-    """End the program if an ablation is asked for what it cannot do."""
-    if opt.given & {"osp", "optimizer", "norm", "embproj", "resume"}:
-        fail("--ablation chooses the parts of OSP itself, and goes on by itself if started again")
-    for name in ("bench", "dry_run"):
-        if getattr(opt, name):
-            fail(f"{flag(name)} is for one model; leave out --ablation")
-    if "RANK" in os.environ:
-        fail("the rows of --ablation are processes of their own: use --gpus N instead of torchrun")
 
 
 def resume(opt) -> dict | None:
@@ -133,8 +124,7 @@ def resume(opt) -> dict | None:
 
 
 def settle(opt, state):
-    """Give the options that depend on the machine their values. Ends the program if options do not go together.
-    `state`: the checkpoint of --resume, or None."""
+    """fit_to_machine(). Ends the program if options do not go together. `state`: the checkpoint of --resume, or None."""
     fit_to_machine(opt)
     check_ranges(opt)
     for problem in problems(opt, state["step"] if state else 0):

@@ -33,7 +33,7 @@ from nanoosp.fast import compute_in
 from nanoosp.machine import pick_device
 from nanoosp.methods import slug
 from nanoosp.options import ROOT, command, fail, flag, parse
-from nanoosp.run_options import check_ablation, resume
+from nanoosp.run_options import expand, resume
 from nanoosp.signals import StopSignal
 from nanoosp.summary import table
 from quantize import Recipe
@@ -97,7 +97,7 @@ def main(argv=None):
 
 def check(opt):
     """End the program if it is asked for what an ablation cannot do."""
-    check_ablation(opt)
+    expand(opt)
     if opt.gpus and opt.gpus > torch.cuda.device_count():
         fail(f"--gpus {opt.gpus}: torch sees {torch.cuda.device_count()} GPUs here")
 

@@ -21,7 +21,6 @@ import torch
 from data.dataset import TOKENIZER_JSON
 from data.tokenizer import JsonTokenizer, beginning, json_from_encoding, separator, tokenizer_of
 from model import Config, Transformer
-from nanoosp.checkpoint import check_weights
 from nanoosp.files import as_json, read_log, read_text, require, whole, write_text
 
 PURPOSE = "a Hugging Face directory"
@@ -265,6 +264,15 @@ def save_llama(model, directory, options: dict, data: dict, evaluation=None, sha
     except (OSError, require("safetensors", PURPOSE).SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"could not write {directory}: {reason}") from error
+
+
+def check_weights(weights: dict, path):
+    """Raise ArithmeticError if a tensor of `weights`, which are to be written to `path`, holds inf or
+    nan."""
+    for name, W in weights.items():
+        if not W.isfinite().all():
+            raise ArithmeticError(f"{name} holds numbers that are not finite: {path} would be of no "
+                                  "use, and is not written")
 
 
 def their_model(model: Transformer, options: dict, end: list[int], first: list[int]):

@@ -14,10 +14,10 @@ import torch
 import torch.nn as nn
 
 from model import Config, Transformer
-from nanoosp.checkpoint import check_weights
 from nanoosp.files import save_archive
 from nanoosp.formats import BLOCK, E2M1, read_scale, stored_scale
 from quantize import Recipe, attach_ffn_hadamard, attach_rounding, linears, per_column, weight_codes
+from tools.huggingface import check_weights
 
 VERSIONS = {"int": 2, "mxfp4": 3, "nvfp4": 3}
 PACKING = "code + 8 as a nibble; the low nibble of a byte is the even column"
