@@ -103,17 +103,6 @@ class TextBlocks:
         return evenly_spaced(n, self.n_windows)
 
 
-class RandomTokens:
-    """Stands in for a Dataset where only speed is measured."""
-
-    def __init__(self, vocab_size: int, seq_len: int):
-        self.meta, self.seq_len = {"vocab_size": vocab_size}, seq_len
-
-    def batch(self, step: int, batch_size: int, rank: int = 0, world: int = 1) -> np.ndarray:
-        rng = np.random.default_rng([step, rank])
-        return rng.integers(self.meta["vocab_size"], size=(batch_size // world, self.seq_len + 1))
-
-
 # Which windows, in which order
 
 

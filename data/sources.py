@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data.tokenizer import (HoldsSeparator, document_bytes, encode_document, has_borders,
                             split_documents, tokenizer)
-from nanoosp.files import OPENERS, READ_ERRORS, decoded, opened, read_text, require
+from nanoosp.files import OPENERS, READ_ERRORS, decoded, named, opened, read_text, require
 
 TABLES = (".parquet", ".jsonl")  # kinds of files that hold a document a row
 NOT_TEXT = (".json", ".ndjson", ".csv", ".tsv")  # text among other things: refused
@@ -38,7 +38,6 @@ BLOCK = 2**20  # bytes read at a time; no document of a text file is much longer
 ROWS = 256  # of a parquet file read at a time: about as much text
 SAMPLES = 8  # files of a source that are looked at to estimate its tokens
 ATTEMPTS = 5  # at each download
-BLOCK_ERRORS = (*READ_ERRORS, NotImplementedError)  # the last from pyarrow
 
 
 # Files, here and on the hub
@@ -92,16 +91,6 @@ def local_files(name: str, endings=ENDINGS) -> tuple[list[File], list[str]]:
         raise ValueError(f"{name} {what} {' '.join(endings)} (--endings reads others as text; .gz "
                          "or .xz may follow)")
     return files, [name for name in names if not has_ending(name, endings)]
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file's content; "" if it cannot be read, which is told when its turn comes."""
-    sha256 = hashlib.sha256()
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        while data := file.read(BLOCK):
-            sha256.update(data)
-        return sha256.hexdigest()
-    return ""
 
 
 def with_retries(function, target: str):
@@ -239,12 +228,8 @@ def read_documents(path: Path) -> tuple[list[str], bool]:
     if not has_ending(path.name, TABLES):
         text = read_text(path)
         return (split_documents(text), True) if has_borders(text) else ([text], False)
-    try:
+    with named(path):
         blocks = [documents(path.name, *found, "text") for found in read_blocks(path, "text")]
-    except BLOCK_ERRORS as error:
-        if isinstance(error, OSError) and error.errno:  # the system's, which name the file
-            raise
-        raise ValueError(f"{path}: {error or 'it ends too early'}") from error
     return [text for block in blocks for text in block], True
 
 
@@ -293,11 +278,18 @@ class Source:
         self.state = {"name": name, "position": [0, 0, 0], "documents": 0, "tokens": 0}
 
     def fingerprint(self) -> str:
-        """Of what its files hold: a date or a length stays the same when a file is replaced."""
+        """Of what its files hold: date and length may be those of another file. Revisions of the hub
+        are hashes already. What cannot be read is told in its turn."""
+        def content(file):
+            sha256 = hashlib.sha256(file.revision.encode())
+            with contextlib.suppress(OSError, TypeError), open(file.path, "rb") as stream:
+                while data := stream.read(BLOCK):
+                    sha256.update(data)
+            return file.name, sha256.hexdigest()
+
         with ThreadPoolExecutor() as pool:
-            hashes = pool.map(lambda file: file.revision or sha256_of(file.path), self.files)
-            bar = tqdm(hashes, f"look at {self.name}", len(self.files), disable=None, leave=False)
-            listing = repr([*zip((file.name for file in self.files), bar)])
+            bar = dict(total=len(self.files), disable=None, leave=False)
+            listing = repr([*tqdm(pool.map(content, self.files), f"look at {self.name}", **bar)])
         listing += repr(self.ends) * (len(self.ends) > 1)
         return hashlib.sha256(listing.encode()).hexdigest()
 
@@ -312,7 +304,7 @@ class Source:
         tokens = n_bytes = 0
         local = [file for file in self.files if file.path]
         for file in local[:: -(-len(local) // SAMPLES) or 1]:
-            with contextlib.suppress(*BLOCK_ERRORS, StopIteration):
+            with contextlib.suppress(*READ_ERRORS, StopIteration):
                 offset, block, size = first_block(file, self.key)
                 found = pool.submit(encode_block, file.name, offset, block).result()
                 tokens += sum(len(document[0]) for document in found if document)
@@ -333,7 +325,7 @@ class Source:
                         break
                     if f > first_file or b >= first_block:
                         yield f, b, pool.submit(encode_block, file.name, offset, block)
-            except BLOCK_ERRORS as error:
+            except READ_ERRORS as error:
                 failure = Future()  # its turn comes after those of the blocks before it
                 reason = f"cannot be read: {error or 'it ends too early'}"
                 failure.set_exception(ValueError(reason))

@@ -93,8 +93,6 @@ def expand(opt):
         fail("--ablation chooses the parts of OSP itself, and goes on by itself if started again")
     if opt.ablation and (opt.bench or opt.dry_run):
         fail(f"--{'bench' if opt.bench else 'dry-run'} is for one model; leave out --ablation")
-    if opt.ablation and "RANK" in os.environ:
-        fail("the rows of --ablation are processes of their own: use --gpus N instead of torchrun")
     if opt.resume and opt.bench:
         fail("--bench measures a fresh model; leave out --resume")
     if opt.resume and opt.out:

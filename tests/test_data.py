@@ -214,7 +214,7 @@ def test_structured_text_that_cannot_be_read_is_refused_by_name(tmp_path, name):
     for name, words in (("rows", "line 1: no JSON object with the key 'text'"), ("broken", "")):
         [file] = tmp_path.glob(f"{name}.*")
         for read in (lambda file: prepare(tmp_path / "out", "bytes", file), bytes_model(6)):
-            with pytest.raises(ValueError, match=f"{file}: {words}"):
+            with pytest.raises(ValueError, match=f"{file} cannot be read: {words}"):
                 read(file)
     assert not (tmp_path / "out").exists()
 
@@ -243,7 +243,7 @@ def test_compressed_texts_are_read_and_damaged_ones_named(tmp_path):
                     read_text(tmp_path / name)
                 assert "\n" not in str(error.value)
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfcaf\xe9")
-    with pytest.raises(ValueError, match="b.txt is not UTF-8 text .byte 6 "):
+    with pytest.raises(ValueError, match="b.txt cannot be read: not UTF-8 text .byte 6 "):
         read_text(tmp_path / "b.txt")
     with pytest.raises(FileNotFoundError):
         read_text(tmp_path / "c.txt")

@@ -559,7 +559,7 @@ def test_a_dataset_without_its_tokenizer_json_is_refused(json_dataset, tmp_path)
     with pytest.raises(ValueError, match="nowhere.*path of a tokenizer.json"):
         tokenizer(str(tmp_path / "nowhere"))
     (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe{")
-    with pytest.raises(ValueError, match="tokenizer.json is not UTF-8"):
+    with pytest.raises(ValueError, match="tokenizer.json cannot be read: not UTF-8"):
         tokenizer(str(tmp_path))
 
 

@@ -98,6 +98,8 @@ def main(argv=None):
 def check(opt):
     """End the program if it is asked for what an ablation cannot do."""
     expand(opt)
+    if "RANK" in os.environ:
+        fail("the rows of --ablation are processes of their own: use --gpus N instead of torchrun")
     if opt.gpus and opt.gpus > torch.cuda.device_count():
         fail(f"--gpus {opt.gpus}: torch sees {torch.cuda.device_count()} GPUs here")
 

@@ -20,12 +20,12 @@ import json
 import statistics
 import time
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import train
-from data.dataset import RandomTokens
 from data.splits import open_datasets
 from nanoosp.machine import peak_memory_gib
 from nanoosp.methods import label
@@ -40,6 +40,17 @@ DATASHEET = {  # dense bfloat16 FLOP/s, by words in the name that torch gives th
     "H100 PCIe": 756e12,
     "H200": 989e12,
 }
+
+
+class RandomTokens:
+    """Stands in for a Dataset where only speed is measured."""
+
+    def __init__(self, vocab_size: int, seq_len: int):
+        self.meta, self.seq_len = {"vocab_size": vocab_size}, seq_len
+
+    def batch(self, step: int, batch_size: int, rank: int = 0, world: int = 1) -> np.ndarray:
+        rng = np.random.default_rng([step, rank])
+        return rng.integers(self.meta["vocab_size"], size=(batch_size // world, self.seq_len + 1))
 
 
 @command

@@ -188,10 +188,8 @@ def load_weights(config: Config, directory: Path, dtype=None) -> Transformer:
     for path in files:
         try:
             weights |= sorted(load_file(path).items())
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{path} is missing") from error
         except Exception as error:  # safetensors has its own kind
-            raise ValueError(f"{path} is damaged: {error}") from error
+            raise ValueError(f"{path} is missing or damaged: {error}") from error
     try:
         with torch.device("meta"):
             needed = Transformer(config).state_dict()

@@ -45,14 +45,13 @@ import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 
 import train  # noqa: E402
-from data.dataset import RandomTokens  # noqa: E402
 from eval import generate  # noqa: E402
 from model import Transformer  # noqa: E402
 from nanoosp.float8 import Float8Linear  # noqa: E402
 from nanoosp.machine import peak_memory_gib  # noqa: E402
 from nanoosp.ranks import Ranks  # noqa: E402
 from quantize import Recipe, linears, quantize, recipe_scale, weight_codes  # noqa: E402
-from tools.bench import matmul_flops, median_ms, timed_step  # noqa: E402
+from tools.bench import RandomTokens, matmul_flops, median_ms, timed_step  # noqa: E402
 from tools.packed import Int4Linear  # noqa: E402
 from tools.writing import Writer  # noqa: E402
 
