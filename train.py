@@ -11,7 +11,7 @@
 A run is a directory: config.json (options), log.jsonl (an object a line), ckpt.pt, summary.json.
 An option that is left out takes its preset's value, from the table at the end of --help.
 
-Read it top to bottom: presets, options, schedule, model, backward, one step, the loop, defaults.
+Read it top to bottom: presets, options, defaults, schedule, model, backward, one step, the loop.
 The machinery is in nanoosp/: the run's directory and log, ranks, what makes it fast.
 """
 
@@ -19,9 +19,9 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from nanoosp.methods import OPTIMIZERS, OSP
-from nanoosp.options import answer_before_torch, as_if_given, begin, command, fill, option, parse
-from nanoosp.run_options import RunOptions, presets_table, resume, settle
+from nanoosp.methods import OPTIMIZERS
+from nanoosp.options import answer_before_torch, begin, command, fill, option, parse
+from nanoosp.run_options import RunOptions, check_before_torch, presets_table, resume, settle
 
 # A row has the values of options that are left out. Learning rates of tiny and toy come from sweeps
 # (results/README.md), of small from their trend with width, of 1.4b from the paper (App. A.1).
@@ -76,7 +76,16 @@ class Options(RunOptions):
     after_help = presets_table(PRESETS)
 
 
-answer_before_torch("train.py", Options)  # --help and misspelt options
+def defaults(opt):
+    """Fill in the options that are None: with the preset's values, then with these."""
+    fill(opt, preset="toy" if opt.device == "cuda" else "tiny", embproj=False)
+    preset = PRESETS[opt.preset]
+    lr = preset["lr"]["adam" if opt.optimizer == "adam" else "muon"]
+    fill(opt, **dict(preset, lr=lr))
+    fill(opt, embed_lr=2 * opt.lr, warmup=opt.steps // 20, cooldown=opt.steps // 5)
+
+
+answer_before_torch("train.py", Options, lambda opt: check_before_torch(opt, defaults))
 
 import torch
 
@@ -168,17 +177,11 @@ def train(opt, state, ranks):
 
 
 def resolve(opt):
-    """Give options that are None their values: first those of the run that is resumed, then the
-    preset's, then what follows from these. Returns the checkpoint to resume from, or None."""
-    if opt.osp:
-        as_if_given(opt, OSP)
+    """Give options that are None their values: first those of the run that is resumed, then those
+    of defaults(). Returns the checkpoint to resume from, or None."""
     state = resume(opt)
     opt.device = pick_device(opt.device)
-    fill(opt, preset="toy" if opt.device == "cuda" else "tiny", embproj=False)
-    preset = PRESETS[opt.preset]
-    lr = preset["lr"]["adam" if opt.optimizer == "adam" else "muon"]
-    fill(opt, **dict(preset, lr=lr))
-    fill(opt, embed_lr=2 * opt.lr, warmup=opt.steps // 20, cooldown=opt.steps // 5)
+    defaults(opt)
     settle(opt, state)  # what the machine decides; ends the program if options do not fit
     return state
 

@@ -142,7 +142,7 @@ ORIGINS = {
 
 def read_rows(path: Path):
     """The rows of a file, one by one, as dicts. Raises OSError, ValueError and ImportError."""
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         for batch in require("pyarrow.parquet", path.name).ParquetFile(path).iter_batches(1024):
             yield from batch.to_pylist()
     else:

@@ -3,7 +3,7 @@
 A dataset is a directory:
     train_000000.bin ...  shards as llm.c has them: 256 int32 (magic, version, n, zeros), n uint16
     val_000000.bin ...    text that is in no training shard
-    meta.json             tokenizer, vocab_size, tokens and bytes of each split, source's sha256,
+    meta.json             tokenizer, vocab_size, tokens and document_bytes() of each split, sha256,
                           "beginning": the ids that documents begin with, if the tokenizer has any
     tokenizer.json        a copy of Hugging Face's file, if that is the tokenizer
 Shards from elsewhere work too: those of llm.c, under any name with "train" or "val" in it, and
@@ -87,7 +87,7 @@ class Dataset:
 class TextBlocks:
     """A text for evaluation, as WikiText-2 perplexity is measured: in blocks that do not overlap,
     each scored on all its tokens but the first. The tail that fills no block is dropped. `n_bytes`
-    are those of the text in UTF-8. Raises ValueError if the tokens `ids` fill no block."""
+    are the text's by document_bytes(). Raises ValueError if the tokens `ids` fill no block."""
 
     def __init__(self, ids: np.ndarray, block: int, n_bytes: int):
         self.seq_len = block - 1
@@ -102,17 +102,6 @@ class TextBlocks:
 
     def evaluation_windows(self, n: int) -> np.ndarray:
         return evenly_spaced(n, self.n_windows)
-
-
-class RandomTokens:
-    """Stands in for a Dataset where only speed is measured."""
-
-    def __init__(self, vocab_size: int, seq_len: int):
-        self.meta, self.seq_len = {"vocab_size": vocab_size}, seq_len
-
-    def batch(self, step: int, batch_size: int, rank: int = 0, world: int = 1) -> np.ndarray:
-        rng = np.random.default_rng([step, rank])
-        return rng.integers(self.meta["vocab_size"], size=(batch_size // world, self.seq_len + 1))
 
 
 # Which windows, in which order

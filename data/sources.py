@@ -16,18 +16,21 @@ import threading
 import time
 from bisect import bisect_right
 from collections import Counter, deque
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import accumulate, islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
-from data.tokenizer import HoldsSeparator, encode_document, split_documents, tokenizer
-from nanoosp.files import OPENERS, READ_ERRORS, decoded, opened, require
+from data.tokenizer import (HoldsSeparator, document_bytes, encode_document, has_borders,
+                            split_documents, tokenizer)
+from nanoosp.files import OPENERS, READ_ERRORS, decoded, named, opened, read_text, require
 
 TABLES = (".parquet", ".jsonl")  # kinds of files that hold a document a row
+NOT_TEXT = (".json", ".ndjson", ".csv", ".tsv")  # text among other things: refused
 ENDINGS = (*TABLES, ".txt", ".md", ".py")
 GROWTH = {".gz": 3.5, ".xz": 4, ".parquet": 1.8}  # bytes of text in a byte of file, roughly
 LINE = b"\n<|endoftext|>"  # begins a line between two documents of a text file
@@ -35,7 +38,6 @@ BLOCK = 2**20  # bytes read at a time; no document of a text file is much longer
 ROWS = 256  # of a parquet file read at a time: about as much text
 SAMPLES = 8  # files of a source that are looked at to estimate its tokens
 ATTEMPTS = 5  # at each download
-BLOCK_ERRORS = (*READ_ERRORS, NotImplementedError)  # the last from pyarrow
 
 
 # Files, here and on the hub
@@ -52,13 +54,14 @@ class File(NamedTuple):
 
 def text_size(file: File) -> int:
     """About how many bytes of text a file holds."""
-    return int(file.size * GROWTH.get(Path(file.name).suffix, 1))
+    return int(file.size * GROWTH.get(Path(file.name).suffix.lower(), 1))
 
 
 def has_ending(name: str, endings) -> bool:
-    """Has a file's name one of these endings? Behind all but .parquet, .gz or .xz may follow."""
+    """Has a file's name one of these endings, also in capitals? Behind all but .parquet, .gz or .xz
+    may follow."""
     compressed = [e + packing for e in endings if e != ".parquet" for packing in OPENERS]
-    return name.endswith((*endings, *compressed))
+    return name.lower().endswith(tuple(e.lower() for e in (*endings, *compressed)))
 
 
 def describe_left_out(names) -> str:
@@ -157,13 +160,13 @@ def end_of_documents(data: bytes) -> int:
 def read_blocks(path: Path, key: str):
     """Yield (offset, block): text as bytes and the number of its first byte, or JSON lines or
     parquet rows and the number of the first."""
-    if path.name.endswith(".parquet"):
+    if has_ending(path.name, [".parquet"]):
         parquet = require("pyarrow.parquet", path.name)
         with parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False) as file:
             schema = file.schema_arrow
             if key not in schema.names:
-                raise ValueError(f"it has no column {key!r} but {schema.names}: name one with "
-                                 "--key")
+                raise ValueError(f"it has no column {key!r} but {schema.names}: data/corpus.py "
+                                 "--key NAME reads another one")
             if str(schema.field(key).type) not in ("string", "large_string"):
                 raise ValueError(f"its column {key!r} is {schema.field(key).type}, not text")
             row = 1
@@ -187,11 +190,11 @@ def read_blocks(path: Path, key: str):
 def first_block(file: File, key: str):
     """What read_blocks yields first: (offset, block, how many of the file's bytes that is)."""
     offset, block = next(read_blocks(file.path, key))
-    if file.name.endswith(".parquet"):
+    if has_ending(file.name, [".parquet"]):
         rows = require("pyarrow.parquet", file.name).read_metadata(file.path).num_rows
         return offset, block, file.size * len(block) / rows
     with open(file.path, "rb") as packed:
-        text = OPENERS.get(file.path.suffix, lambda file: file)(packed).read(BLOCK)
+        text = OPENERS.get(file.path.suffix.lower(), lambda file: file)(packed).read(BLOCK)
         return offset, block, packed.tell() * len(block) / len(text)
 
 
@@ -215,6 +218,21 @@ def documents(name: str, offset: int, block, key: str) -> list[str]:
     return texts
 
 
+def read_documents(path: Path) -> tuple[list[str], bool]:
+    """(the documents of a file, whether anything separates them), for a file that fits in memory. A
+    text without border lines is one document, as it stands. Raises OSError, ValueError, and
+    ImportError for a .parquet without pyarrow."""
+    if has_ending(path.name, NOT_TEXT):
+        raise ValueError(f"{path} is neither plain text nor {' or '.join(TABLES)}: write its "
+                         'documents to a .jsonl file, an object {"text": ...} a line')
+    if not has_ending(path.name, TABLES):
+        text = read_text(path)
+        return (split_documents(text), True) if has_borders(text) else ([text], False)
+    with named(path):
+        blocks = [documents(path.name, *found, "text") for found in read_blocks(path, "text")]
+    return [text for block in blocks for text in block], True
+
+
 # Workers: a block in, its documents' tokens out
 
 
@@ -228,13 +246,13 @@ def start_worker(tokenizer_name: str, text_key: str):
 
 
 def encode_block(name: str, offset: int, block) -> list[tuple[np.ndarray, int] | None]:
-    """(uint16 separator and tokens, bytes of text) of each document; None for one that holds what
+    """(uint16 separator and tokens, document_bytes) of each document; None for one that holds what
     separates documents."""
     result = []
     for text in documents(name, offset, block, key):
-        n_bytes = len(text.encode("utf-8", "replace"))  # JSON can hold half of a surrogate pair
         try:
-            result.append((encode_document(encoding, text).astype(np.uint16), n_bytes))
+            ids = encode_document(encoding, text).astype(np.uint16)
+            result.append((ids, document_bytes(text)))
         except HoldsSeparator:
             result.append(None)
     return result
@@ -260,7 +278,18 @@ class Source:
         self.state = {"name": name, "position": [0, 0, 0], "documents": 0, "tokens": 0}
 
     def fingerprint(self) -> str:
-        listing = repr([(file.name, file.size, file.revision) for file in self.files])
+        """Of what its files hold: date and length may be those of another file. Revisions of the hub
+        are hashes already. What cannot be read is told in its turn."""
+        def content(file):
+            sha256 = hashlib.sha256(file.revision.encode())
+            with contextlib.suppress(OSError, TypeError), open(file.path, "rb") as stream:
+                while data := stream.read(BLOCK):
+                    sha256.update(data)
+            return file.name, sha256.hexdigest()
+
+        with ThreadPoolExecutor() as pool:
+            bar = dict(total=len(self.files), disable=None, leave=False)
+            listing = repr([*tqdm(pool.map(content, self.files), f"look at {self.name}", **bar)])
         listing += repr(self.ends) * (len(self.ends) > 1)
         return hashlib.sha256(listing.encode()).hexdigest()
 
@@ -275,7 +304,7 @@ class Source:
         tokens = n_bytes = 0
         local = [file for file in self.files if file.path]
         for file in local[:: -(-len(local) // SAMPLES) or 1]:
-            with contextlib.suppress(*BLOCK_ERRORS, StopIteration):
+            with contextlib.suppress(*READ_ERRORS, StopIteration):
                 offset, block, size = first_block(file, self.key)
                 found = pool.submit(encode_block, file.name, offset, block).result()
                 tokens += sum(len(document[0]) for document in found if document)
@@ -296,7 +325,7 @@ class Source:
                         break
                     if f > first_file or b >= first_block:
                         yield f, b, pool.submit(encode_block, file.name, offset, block)
-            except BLOCK_ERRORS as error:
+            except READ_ERRORS as error:
                 failure = Future()  # its turn comes after those of the blocks before it
                 reason = f"cannot be read: {error or 'it ends too early'}"
                 failure.set_exception(ValueError(reason))
@@ -305,7 +334,7 @@ class Source:
                 path.unlink()
 
     def take(self) -> tuple[np.ndarray, int] | None:
-        """(tokens, bytes of text) of the next document; None after the last one. Raises ValueError
+        """(tokens, document_bytes) of the next document; None after the last one. Raises ValueError
         for a file that cannot be read, unless it was only found in a folder: that is left out from
         there on."""
         while True:

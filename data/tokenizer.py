@@ -32,8 +32,9 @@ from nanoosp.files import read_text, require
 # What ends a document for GPT-2, Llama 3, Llama 2, Gemma and DeepSeek
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>",
               "<\uff5cend\u2581of\u2581sentence\uff5c>")
+BYTES = {f"<0x{byte:02X}>" for byte in range(256)}  # words of sentencepiece; sorted, in order
 # "bytes" in a tokenizer.json
-BYTE_WORDS = {f"<0x{byte:02X}>": byte for byte in range(256) if byte not in (0, 32)} | {
+BYTE_WORDS = {word: byte for byte, word in enumerate(sorted(BYTES)) if byte not in (0, 32)} | {
     "<|endoftext|>": 0, "\u2581": 32}
 
 
@@ -135,6 +136,12 @@ def encode_document(encoding, document: str) -> np.ndarray:
     return ids if beginning(encoding)[:1] == [end] else np.concatenate([[end], ids])
 
 
+def document_bytes(document: str) -> int:
+    """What bits per byte are counted by: bytes in UTF-8, and one for the end of the document, since
+    the separator costs bits too. (JSON can hold half a surrogate pair, which is read as "?".)"""
+    return len(document.encode("utf-8", "replace")) + 1
+
+
 BORDER = re.compile(r"\n<\|endoftext\|>[^\S\n]*(?=\n|\Z)")  # found from its fixed characters: fast
 
 
@@ -189,10 +196,16 @@ class JsonTokenizer:
         inner.no_truncation()
         inner.no_padding()
         inner.encode_special_tokens = True  # which means: as ordinary text
-        if getattr(inner.model, "dropout", None):  # it skips merges at random
-            inner.model.dropout = None
         added = inner.get_added_tokens_decoder().items()
         self.special = {token.content: i for i, token in added if token.special}
+        self.byte_ids = None
+        known = inner.get_vocab(with_added_tokens=False)
+        if self.special.keys() & known.keys() or type(inner.model).__name__ == "Unigram":
+            content = json.loads(text)
+            self.hide_words(content["model"], known)
+            inner.model = tokenizers.Tokenizer.from_str(json.dumps(content)).model
+        if getattr(inner.model, "dropout", None):  # it skips merges at random
+            inner.model.dropout = None
 
     def __reduce__(self):
         return JsonTokenizer, (self.text,)
@@ -210,19 +223,39 @@ class JsonTokenizer:
                              "text, so a model could not continue it")
         return framed[:-1]
 
-    def encode(self, text: str) -> list[int]:
-        ids = self._ids(text)
-        if not self.special or set(self.special.values()).isdisjoint(ids):
-            return ids
-        # A Unigram vocabulary holds special tokens as words. Cut them after their first character.
-        words = re.finditer("|".join(map(re.escape, self.special)), text)
-        cuts = [0, *(word.start() + 1 for word in words), len(text)]
-        return [i for a, b in pairwise(cuts) for i in self._ids(text[a:b])]
+    def hide_words(self, model: dict, known: dict[str, int]):
+        """Change a model, with the words `known`, so that it makes no special token from text. A
+        Unigram model also knows special tokens and bytes as words, and some BPE models have merges
+        that make the former; sentencepiece, where the words come from, never looks for them."""
+        words, self.unknown = set(self.special), model.get("unk_id")
+        if isinstance(model["vocab"], list):  # Unigram: [word, log p], where a place is an id
+            if self.unknown is not None:
+                words.add(model["vocab"][self.unknown][0])
+            if self.unknown is not None and model.get("byte_fallback") and known.keys() >= BYTES:
+                model["byte_fallback"] = False  # encode() does it
+                self.byte_ids = [known[word] for word in sorted(BYTES)]
+                words |= BYTES
+            self.inner.add_special_tokens(sorted(words))  # for decode()
+            model["vocab"] = [["" if word in words else word, p] for word, p in model["vocab"]]
+            return
+        needed = BYTES | {model.get("unk_token")}
+        model["vocab"] = {word: i for word, i in known.items() if word not in words - needed}
+        if "merges" in model:
+            prefix = model.get("continuing_subword_prefix") or ""
+            pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+            model["merges"] = [(a, b) for a, b in pairs
+                               if words.isdisjoint([a, b, a + b.removeprefix(prefix)])]
 
-    def _ids(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        # Unlike encode, both release Python's lock, and the first counts no offsets, keeps no words
+        encode = self.inner.encode_batch if self.byte_ids else self.inner.encode_batch_fast
         with rust_errors("the tokenizer has no tokens for a text"):
-            # Unlike encode, it counts no offsets and releases Python's lock
-            return self.inner.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            found = encode([text], add_special_tokens=False)[0]
+        if not self.byte_ids:
+            return found.ids
+        spelled = [[self.byte_ids[byte] for byte in word.encode()] if i == self.unknown else [i]
+                   for i, word in zip(found.ids, found.tokens)]
+        return [i for ids in spelled for i in ids]
 
     def decode(self, ids) -> str:
         return self.inner.decode(ids, skip_special_tokens=False)

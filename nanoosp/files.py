@@ -57,12 +57,12 @@ def read_log(path: Path) -> list[dict]:
 OPENERS = {".gz": gzip.open} | ({".xz": lzma.open} if lzma else {})
 # What is raised for a file that is not what its name says, and for any that cannot be read
 DAMAGED = (ValueError, EOFError, gzip.BadGzipFile, zlib.error, *([lzma.LZMAError] if lzma else []))
-READ_ERRORS = (OSError, *DAMAGED)
+READ_ERRORS = (OSError, *DAMAGED, NotImplementedError)  # the last from pyarrow
 
 
 def opened(path):
     """The file's bytes, decompressed if its name ends in .gz or .xz, as a file to read from."""
-    return OPENERS.get(Path(path).suffix, open)(path, "rb")
+    return OPENERS.get(Path(path).suffix.lower(), open)(path, "rb")
 
 
 def decoded(data: bytes, offset: int = 0) -> str:
@@ -75,19 +75,21 @@ def decoded(data: bytes, offset: int = 0) -> str:
     return text if offset else text.removeprefix("\ufeff")
 
 
-def read_text(path) -> str:
-    """The text of a file, see opened() and decoded(). Raises FileNotFoundError and other OSErrors, and ValueError."""
+@contextlib.contextmanager
+def named(path):
+    """For reading: other errors than the system's, which name the file already, become a ValueError that does."""
     try:
-        with opened(path) as file:
-            data = file.read()
+        yield
     except READ_ERRORS as error:
-        if isinstance(error, OSError) and error.errno:  # the system's, which name the file
+        if isinstance(error, OSError) and error.errno:
             raise
         raise ValueError(f"{path} cannot be read: {error or 'it ends too early'}") from error
-    try:
-        return decoded(data)
-    except ValueError as error:
-        raise ValueError(f"{path} is {error}") from error
+
+
+def read_text(path) -> str:
+    """The text of a file, see opened() and decoded(). Raises FileNotFoundError and other OSErrors, and ValueError."""
+    with named(path), opened(path) as file:
+        return decoded(file.read())
 
 
 def require(module: str, purpose: str):

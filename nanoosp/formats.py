@@ -56,7 +56,8 @@ class Mxfp4(Blocks):
     def scale_for(self, largest, per_token):
         # largest = m 2^e with 0.5 <= m < 1; largest / scale is then in [4, 8)
         exponent = torch.where(largest > 0, torch.frexp(largest).exponent - 3, -127)
-        return torch.ldexp(torch.ones_like(largest), exponent.clamp(-127, 127))
+        scale = torch.ldexp(torch.ones_like(largest), exponent.clamp(-127, 127))
+        return torch.where(largest.isfinite(), scale, torch.nan)  # inf and nan have no exponent
 
     def stored(self, scale):
         """Scales [out, n / 32] of a weight as a file holds them: (a byte each, the tensor's)."""

@@ -71,14 +71,17 @@ class Run:
                 raise OSError(f"{self.path} is in use by another process") from error
         self.log_file.seek(0)
         end = valid_end = 0
+        last = b"\n"  # line that is kept
         for line in self.log_file:
             end += len(line)
             try:
                 if json.loads(line)["step"] <= self.start and self.start > 0:
                     valid_end = end
+                    last = line
             except (ValueError, TypeError, KeyError):  # a line torn by a crash
                 pass
         self.log_file.truncate(valid_end)
+        self.log_file.write(b"" if last.endswith(b"\n") else b"\n")  # torn there: the next needs a line of its own
         write_text(self.path / "config.json", json.dumps(remembered(self.opt), indent=2) + "\n")
 
     def steps(self):

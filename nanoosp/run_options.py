@@ -5,6 +5,7 @@ Options that the run remembers, in config.json and its checkpoints, are all but 
 field. Those marked `may_change=True` may differ when the run is resumed.
 """
 
+import copy
 import math
 import os
 from dataclasses import dataclass, fields
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from nanoosp.checkpoint import load_checkpoint
 from nanoosp.methods import OSP
-from nanoosp.options import check_ranges, fail, fill, flag, option
+from nanoosp.options import as_if_given, check_ranges, fail, fill, flag, option
 from nanoosp.summary import table
 
 
@@ -68,15 +69,43 @@ def remembered(opt) -> dict:
     return {f.name: getattr(opt, f.name) for f in fields(opt) if not f.metadata.get("launch")}
 
 
+def check_before_torch(opt, defaults):
+    """End the program if options do not go together, whatever device there is. `defaults` fills in those of a preset.
+    With --resume the others are in a checkpoint, which takes torch to read, so resolve() looks at them."""
+    expand(opt)
+    for device in [opt.device] if opt.device else ["cpu", "cuda"]:
+        trial = copy.deepcopy(opt)
+        trial.device = device
+        defaults(trial)
+        fit_to_machine(trial)
+        problem = next(problems(trial, 0), None)
+        if opt.resume or not problem:
+            return
+    fail(problem)
+
+
+def expand(opt):
+    """Put in what --osp and --bench stand for. Ends the program if something else decides what is asked for."""
+    if opt.osp:
+        as_if_given(opt, OSP)
+    if opt.bench:
+        fill(opt, steps=10, data="random")
+    if opt.ablation and opt.given & {"osp", "optimizer", "norm", "embproj", "resume"}:
+        fail("--ablation chooses the parts of OSP itself, and goes on by itself if started again")
+    if opt.ablation and (opt.bench or opt.dry_run):
+        fail(f"--{'bench' if opt.bench else 'dry-run'} is for one model; leave out --ablation")
+    if opt.resume and opt.bench:
+        fail("--bench measures a fresh model; leave out --resume")
+    if opt.resume and opt.out:
+        fail("--resume goes on in the run's own directory; leave out --out")
+
+
 def resume(opt) -> dict | None:
     """The checkpoint of opt.resume, None without it. Its run's options go into `opt`. Ends the program if others are
     asked for that cannot change."""
+    expand(opt)
     if not opt.resume:
         return None
-    if opt.bench:
-        fail("--bench measures a fresh model; leave out --resume")
-    if opt.out:
-        fail("--resume goes on in the run's own directory; leave out --out")
     state = load_checkpoint(opt.resume)
     opt.out = str(Path(opt.resume).parent if Path(opt.resume).is_file() else opt.resume)
     may_change = {f.name for f in fields(opt) if f.metadata.get("may_change")}
@@ -94,8 +123,16 @@ def resume(opt) -> dict | None:
 
 
 def settle(opt, state):
-    """Give the options that depend on the machine their values: how a step is divided and computed here. Ends the
-    program if options do not go together. `state`: the checkpoint of --resume, or None."""
+    """Give the options that depend on the machine their values. Ends the program if options do not go together. `state`:
+    the checkpoint of --resume, or None."""
+    fit_to_machine(opt)
+    check_ranges(opt)
+    for problem in problems(opt, state["step"] if state else 0):
+        fail(problem)
+
+
+def fit_to_machine(opt):
+    """Fill in how a step is divided and computed on opt.device."""
     on_cuda = opt.device == "cuda"
     fill(opt, eval_every=max(1, opt.steps // 10), save_every=max(1, opt.steps // 4))
     fill(opt, micro_batch_size=opt.batch_size, dtype="bfloat16" if on_cuda else "float32", recompute=False)
@@ -106,7 +143,6 @@ def settle(opt, state):
     fill(opt, compile=on_cuda and not opt.cuda_graph)
     if opt.data is not None and Path(opt.data).exists():
         opt.data = str(Path(opt.data).resolve())  # so that --resume finds it from anywhere
-    check_options(opt, state["step"] if state else 0)
 
 
 def n_ranks() -> int:
@@ -120,39 +156,36 @@ def can_record(opt) -> bool:
     return alone and opt.micro_batch_size == opt.batch_size and not opt.recompute
 
 
-def check_options(opt, step: int):
-    """End the program at the first options that do not go together. `step`: that of --resume."""
-    from model import Config  # only here: torch takes seconds to import
-
-    check_ranges(opt)
+def problems(opt, step: int):
+    """Yield a line for each reason why these options do not go together. `step`: that of --resume."""
     if opt.osp and not OSP.items() <= vars(opt).items():
         name = next(name for name in OSP if getattr(opt, name) != OSP[name])
-        fail(f"--osp means {OSP}: leave it out to use {name} {getattr(opt, name)}")
-    try:
-        Config(opt.n_layer, opt.n_head, opt.n_embd, opt.vocab_size or 1)
-    except ValueError as error:
-        fail(str(error))
+        yield f"--osp means {OSP}: leave it out to use {name} {getattr(opt, name)}"
+    if opt.n_embd % (2 * opt.n_head):
+        yield f"--n-embd {opt.n_embd} is not divisible by twice --n-head {opt.n_head}; RoPE rotates pairs of channels"
     if opt.warmup + opt.cooldown > opt.steps:
-        fail(f"--warmup {opt.warmup} and --cooldown {opt.cooldown} do not fit into --steps {opt.steps}")
+        yield f"--warmup {opt.warmup} and --cooldown {opt.cooldown} do not fit into --steps {opt.steps}"
     if opt.batch_size % n_ranks():
-        fail(f"--batch-size {opt.batch_size} is not divisible by {n_ranks()} ranks")
+        yield f"--batch-size {opt.batch_size} is not divisible by {n_ranks()} ranks"
     rows = opt.batch_size // n_ranks()
     if rows % opt.micro_batch_size:
-        fail(f"--batch-size {opt.batch_size} over {n_ranks()} rank(s) is {rows} sequences each, not divisible by "
-             f"--micro-batch-size {opt.micro_batch_size}")
+        yield (f"--batch-size {opt.batch_size} over {n_ranks()} rank(s) is {rows} sequences each, not divisible by "
+               f"--micro-batch-size {opt.micro_batch_size}")
     if opt.dtype == "float8" and opt.micro_batch_size * opt.seq_len % 16:
-        fail("--dtype float8 needs micro-batches of a multiple of 16 tokens, not "
-             f"{opt.micro_batch_size} x {opt.seq_len}")
+        yield ("--dtype float8 needs micro-batches of a multiple of 16 tokens, not "
+               f"{opt.micro_batch_size} x {opt.seq_len}")
+    if opt.dtype == "float8" and opt.n_embd % 16:  # n_ffn is a multiple of 128
+        yield f"--dtype float8 multiplies matrices of multiples of 16, not of --n-embd {opt.n_embd}"
     if opt.cuda_graph and not can_record(opt):
-        fail("--cuda-graph is for one GPU without torchrun; leave out --recompute and --micro-batch-size")
+        yield "--cuda-graph is for one GPU without torchrun; leave out --recompute and --micro-batch-size"
     if opt.data == "random" and not opt.bench:
-        fail("--data random teaches nothing: it is for --bench")
+        yield "--data random teaches nothing: it is for --bench"
     if (opt.full or opt.gpus or opt.seeds is not None) and not opt.ablation:
-        fail("--full, --gpus and --seeds are for --ablation")
+        yield "--full, --gpus and --seeds are for --ablation"
     if opt.data is None and not opt.dry_run:
-        fail(f"--preset {opt.preset} is for real text: name a dataset with --data (see data/prepare.py --help)")
+        yield f"--preset {opt.preset} is for real text: name a dataset with --data (see data/prepare.py --help)"
     if opt.resume and step >= opt.steps:
-        fail(f"{opt.resume} has done all its {step} steps; to train on, give a larger --steps")
+        yield f"{opt.resume} has done all its {step} steps; to train on, give a larger --steps"
 
 
 def in_words(opt) -> str:

@@ -30,7 +30,7 @@ FIVE = [ROOT / f"{name}.py" for name in ("model", "muon", "train", "quantize", "
 RULES = {
     "imports": ("", r"^(import|from) "),
     "presets": ("PRESETS|SHAPE", ""),
-    "options": ("Options|resolve",
+    "options": ("Options|defaults|resolve",
                 r"\b(parse|option|fill|early|answer_before_torch|start)\(|\bopt\.recompute\b|\beval_args =|"
                 r"\bSHAPE\b|shape = dict|\*\*shape\b"),
     "door": ("main", r"\bdoor\(|__main__"),

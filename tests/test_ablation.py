@@ -278,7 +278,7 @@ def test_when_one_of_several_rows_fails_the_others_are_saved(
     (["--bench"], "--bench is for one model"),
     (["--seeds", "0"], "--seeds 0"),
     (["--gpus", "0"], "--gpus 0"),
-    (["--n-head", "5"], "n_head 5"),
+    (["--n-head", "5"], "--n-head 5"),
 ])
 def test_options_that_an_ablation_cannot_obey_are_refused(small_run, capsys, options, words):
     code, line = ends([*small_run, "--ablation", *options], capsys)

@@ -7,11 +7,10 @@ import pytest
 import torch
 
 import train
-from data.dataset import RandomTokens
 from model import Config, Transformer
 from nanoosp import run
 from tools import bench, dry_run
-from tools.bench import flops_per_token, longest_kernels
+from tools.bench import RandomTokens, flops_per_token, longest_kernels
 
 SHAPE = "--preset tiny --n-layer 1 --n-embd 32 --seq-len 16 --batch-size 4 --device cpu".split()
 

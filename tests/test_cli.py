@@ -63,6 +63,46 @@ RUNNABLE = [str(path.relative_to(ROOT)) for path in FILES
 SLOW = ["results/ffn_hidden/trace.py"]  # its options are train.py's and more, so it imports train.py
 
 
+@pytest.mark.parametrize("command, words", [
+    ("train.py --osp --norm rms", "--osp means"),
+    ("train.py --n-embd 100 --n-head 3", "--n-embd 100 is not divisible by twice --n-head 3"),
+    ("train.py --n-head 5", "--n-head 5"),  # fits neither a CPU's nor a GPU's preset
+    ("train.py --steps 10 --warmup 9 --cooldown 2", "do not fit into --steps 10"),
+    ("train.py --batch-size 6 --micro-batch-size 4", "not divisible by --micro-batch-size 4"),
+    ("train.py --dtype float8 --seq-len 12 --micro-batch-size 2", "16 tokens, not 2 x 12"),
+    ("train.py --dtype float8 --n-embd 40 --n-head 2", "multiples of 16, not of --n-embd 40"),
+    ("train.py --preset small", "name a dataset with --data"),
+    ("train.py --data random", "it is for --bench"),
+    ("train.py --seeds 3", "are for --ablation"),
+    ("train.py --device cpu --cuda-graph", "--cuda-graph is for one GPU"),
+    ("train.py --ablation --osp", "--ablation chooses the parts of OSP itself"),
+    ("train.py --ablation --bench", "--bench is for one model"),
+    ("train.py --resume x --bench", "leave out --resume"),
+    ("train.py --resume x --out y", "leave out --out"),
+    ("train.py --bench --preset small --n-head 5", "--n-head 5"),
+    ("eval.py x --bits none --methods rtn", "--methods is for quantizing"),
+    ("quantize.py x --out y --method rtn --steps 5", "--steps does nothing for --method rtn"),
+])
+def test_options_that_do_not_go_together_are_found_before_torch_is_imported(command, words,
+                                                                           tmp_path):
+    """Which takes 1.5 seconds on a good day."""
+    script, *options = command.split()
+    environment = stand_in(tmp_path, "raise SystemExit('{} was imported')", "torch")
+    done = subprocess.run([sys.executable, ROOT / script, *options], capture_output=True, text=True,
+                          env=environment, cwd=tmp_path)
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--n-head 6", "--cuda-graph", "--resume x --n-head 5",
+                                    "--bench --preset small", "--dry-run --preset small"])
+def test_options_that_some_machine_or_run_can_obey_wait_for_torch(option, tmp_path):
+    environment = stand_in(tmp_path, "raise SystemExit('{} was imported')", "torch")
+    done = subprocess.run([sys.executable, ROOT / "train.py", *option.split()], capture_output=True,
+                          text=True, env=environment, cwd=tmp_path)
+    assert done.stderr == "torch was imported\n"
+
+
 @pytest.mark.parametrize("script", RUNNABLE)
 def test_help_and_mistakes_are_answered_from_any_directory_before_torch_is_imported(
         script, tmp_path):

@@ -23,9 +23,9 @@ import pytest
 import tiktoken
 
 from data import corpus, sources
-from data.prepare import split_text
+from data.prepare import divide
 from data.dataset import Dataset, open_shard
-from data.tokenizer import tokenizer
+from data.tokenizer import split_documents, tokenizer
 
 CORPUS = Path(corpus.__file__)
 rng = random.Random(0)
@@ -104,8 +104,8 @@ def test_a_parquet_folder_comes_back_token_by_token(tmp_path):
     sizes = [len(open_shard(p)) for p in sorted((tmp_path / "out").glob("train_*.bin"))]
     assert len(sizes) > 3 and set(sizes[:-1]) == {500} and 0 < sizes[-1] <= 500
     meta = json.loads((tmp_path / "out/meta.json").read_text())
-    assert meta["bytes"]["val"] == sum(len(t.encode()) for t in texts[::10])
-    assert meta["tokens"]["val"] == meta["bytes"]["val"] + 5
+    assert meta["bytes"]["val"] == sum(len(t.encode()) + 1 for t in texts[::10])
+    assert meta["tokens"]["val"] == meta["bytes"]["val"]
     assert meta["tokens"]["train"] == sum(sizes)
     assert meta["bytes_per_token"] == meta["bytes"]["val"] / meta["tokens"]["val"]
     assert Dataset(tmp_path / "out", "train", 16).n_windows  # what train.py does with it
@@ -119,10 +119,12 @@ def test_all_kinds_of_files_give_the_same_documents(tmp_path):
     (tmp_path / "a.jsonl").write_text(lines.replace("\n", "\n\n", 1))  # an empty line does no harm
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         file.write(lines)
-    for kind in ("txt", "parquet", "jsonl", "jsonl.gz"):
+    write_parquet(tmp_path / "a.PARQUET", texts)
+    for kind in ("txt", "parquet", "jsonl", "jsonl.gz", "PARQUET"):
         run("--text", tmp_path / f"a.{kind}", "--out", tmp_path / kind, "--val-every", 10)
         for split in ("train", "val"):
             assert read(tmp_path / kind, split) == read(tmp_path / "txt", split)
+        assert sources.read_documents(tmp_path / f"a.{kind}") == (texts, True)
     assert read(tmp_path / "txt", "val") == texts[::10]
 
 
@@ -222,7 +224,7 @@ def test_blocks_of_any_size_give_the_documents_of_prepare(tmp_path, monkeypatch)
             blocks = list(sources.read_blocks(tmp_path / "a.txt", "text"))
             found = [sources.documents("a.txt", *block, "text") for block in blocks]
             assert sum(found, []) == expected
-    assert split_text("a\n<|endoftext|>\nb") == (["a"], ["b"])
+    assert divide(split_documents("a\n<|endoftext|>\nb")) == (["a"], ["b"])
 
 
 @pytest.mark.parametrize("unit", ["line of text\n", "word ", "\u4e2d", "x"])
@@ -242,7 +244,7 @@ def test_a_text_that_is_too_much_for_tiktokens_regex_is_encoded_all_the_same(bpe
     with pytest.raises(ValueError, match="stack"):
         bpe.encode_to_numpy(text[:-1])
     [(tokens, n_bytes)] = sources.encode_block("a.jsonl", 1, json.dumps({"text": text}).encode())
-    assert bpe.decode(tokens[1:].tolist()) == text[:-1] + "?" and n_bytes == len(text)
+    assert bpe.decode(tokens[1:].tolist()) == text[:-1] + "?" and n_bytes == len(text) + 1
 
 
 def test_a_tokenizer_file_is_kept_with_the_data(tmp_path, fails):
@@ -663,19 +665,61 @@ def made_to_be_published(folder):
 
 
 @pytest.mark.parametrize("specs, sha256", [
-    (["web/=0.7", "code/=0.3"], "d460c08a7a91bf0b1856d38a9b3adf1ae402f69749bc9b542019e5b96775ea0c"),
-    (["web"], "ea282a1977b383bb0e5ddc89794fe833938e788d8886046a7dfe49725ad30adb")])
+    (["web/=0.7", "code/=0.3"], "2c126a4032bcb9082f698a912adcb72de34c3b5990493901d25cbf38fa7ed6c7"),
+    (["web"], "dbdd8a4dcda385838b3123943b403dcf3afbdec36653569b828d0e4eb9b1ad2c")])
 def test_mixtures_and_single_sources_have_the_bytes_of_older_versions(tmp_path, monkeypatch, specs,
                                                                       sha256):
-    """The hashes are those of commit 411e307's files."""
+    """The hashes are those of the shards that commit 411e307 makes."""
     monkeypatch.chdir(tmp_path)
     made_to_be_published(tmp_path)
     run("--text", *specs, "--out", "out", "--val-every", 7, "--val-tokens", 900,
         "--shard-tokens", 3000)
     found = hashlib.sha256()
     for name, content in sorted(contents(tmp_path / "out").items()):
-        found.update(name.encode() + content)
+        found.update(name.encode() + content if name.endswith(".bin") else b"")
     assert found.hexdigest() == sha256
+
+
+@pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl"])
+def test_a_source_replaced_by_one_of_equal_length_and_date_is_noticed(tmp_path, kind, fails):
+    """Otherwise the corpus would be half the old source, half the new one."""
+    path, twin = tmp_path / f"in/a.{kind}", tmp_path / f"twin.{kind}"
+    for file, letter in ((path, "a"), (twin, "b")):
+        texts = [f"{letter} {i}\n" + letter * (i % 23) for i in range(400)]
+        file.parent.mkdir(exist_ok=True)
+        if kind == "jsonl":
+            file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        elif kind == "txt":
+            write_text(file, texts)
+        else:
+            with open(file, "wb") as raw, gzip.GzipFile("", "wb", 0, raw, mtime=0) as packed:
+                packed.write("\n<|endoftext|>\n".join(texts).encode())  # stored: equal lengths
+    before = path.stat()
+    assert twin.stat().st_size == before.st_size and twin.read_bytes() != path.read_bytes()
+    options = ["--out", tmp_path / "out", "--val-every", 5]
+    run("--text", tmp_path / "in", *options)
+    (tmp_path / "out/meta.json").unlink()  # as if it had been interrupted
+    shards = contents(tmp_path / "out")
+    path.write_bytes(twin.read_bytes())
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    fails(["--text", tmp_path / "in", *options], "other files or weights")
+    assert contents(tmp_path / "out") == shards
+
+
+def test_a_source_with_another_date_and_place_is_still_the_same(tmp_path, monkeypatch):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    texts = made_up(60)
+    for number, folder in enumerate(folders):
+        write_text(folder / "in/a.txt", texts)
+        os.utime(folder / "in/a.txt", (number * 1e9, number * 1e9))
+    options = ["--out", tmp_path / "out", "--val-every", 5]
+    monkeypatch.chdir(folders[0])
+    run("--text", "in", *options)
+    finished = contents(tmp_path / "out")
+    (tmp_path / "out/meta.json").unlink()
+    monkeypatch.chdir(folders[1])
+    run("--text", "in", *options)
+    assert contents(tmp_path / "out") == finished
 
 
 def test_what_an_older_version_began_otherwise_is_refused(tmp_path, fails):

@@ -1,4 +1,5 @@
 import gzip
+import json
 import lzma
 import pickle
 import struct
@@ -10,7 +11,7 @@ import torch
 
 from data.dataset import (HEADER, MAGIC, Dataset, TextBlocks, evenly_spaced, open_shard, permute,
                           write_shard)
-from data.prepare import plain_text, prepare, split_text
+from data.prepare import divide, plain_text, prepare
 from data.tokenizer import encode, encode_document, separator, tokenizer
 from nanoosp.files import read_text
 from quantize import Recipe
@@ -112,19 +113,19 @@ def test_prepared_text_comes_back_document_by_document(tmp_path):
         read[split] = decode(tokens).split("\0")[1:]
     assert read["val"] == documents[19::20]
     assert read["train"] == [d for i, d in enumerate(documents) if i % 20 != 19]
-    assert meta["bytes"]["val"] == sum(len(d.encode()) for d in documents[19::20])
+    assert meta["bytes"]["val"] == sum(len(d.encode()) + 1 for d in documents[19::20])
     assert meta["bytes_per_token"] == meta["bytes"]["val"] / meta["tokens"]["val"]
 
 
 def test_a_single_document_is_split_without_losing_or_sharing_text():
     lines = [f"line {i}" for i in range(1000)]
-    train, val = split_text("\n".join(lines))
+    train, val = divide(["\n".join(lines)])
     assert "\n".join(train + val) == "\n".join(lines)
     assert 0.03 < len(val[0]) / len("\n".join(lines)) < 0.11
 
 
 def test_few_documents_are_never_cut_and_a_mark_at_the_start_is_dropped(tmp_path):
-    assert split_text("a\n<|endoftext|>\nb\n<|endoftext|>\nc") == (["a", "b"], ["c"])
+    assert divide(["a", "b", "c"]) == (["a", "b"], ["c"])
     (tmp_path / "t.txt").write_text("\ufeff" + "<|endoftext|>\n" + "text " * 900, encoding="utf-8")
     prepare(tmp_path / "out", "bytes", tmp_path / "t.txt")
     assert open_shard(tmp_path / "out/train_000000.bin")[:5].tolist() == [0, *b"text"]
@@ -171,11 +172,51 @@ def test_a_text_with_borders_is_measured_as_it_would_be_prepared(tmp_path):
         wanted = [b for text in texts for b in (0, *text.encode())]
         blocks = bytes_model(len(wanted) - 1)(tmp_path / name)
         assert blocks.windows(np.arange(1)).ravel().tolist() == wanted
-        assert blocks.meta["bytes_per_token"] == sum(len(t.encode()) for t in texts) / len(wanted)
+        assert blocks.meta["bytes_per_token"] == 1  # a separator is a byte, too
         (tmp_path / "val").write_bytes(border.join(texts[19::20]).encode())
         blocks = bytes_model(len(by_prepare) - 1)(tmp_path / "val")
         assert blocks.windows(np.arange(1)).ravel().tolist() == by_prepare
         assert blocks.meta["bytes_per_token"] == meta["bytes_per_token"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "JSONL", "parquet"])
+def test_rows_of_documents_are_read_as_documents_everywhere(tmp_path, kind):
+    texts = [f'Document {i}:\n "naïve" \\ ' + "ab " * i for i in range(40)] + ["", " \n"]
+    file = tmp_path / f"books.{kind}"
+    if kind == "parquet":
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        pq.write_table(pa.table({"text": texts}), file)
+    else:
+        lines = "".join(json.dumps({"text": text, "url": "https://"}) + "\n" for text in texts)
+        opened = gzip.open if kind.endswith("gz") else open
+        with opened(file, "wt") as out:
+            out.write(lines)
+    prepare(tmp_path / "out", "bytes", file)
+    wanted = {"train": [t for i, t in enumerate(texts[:40]) if i % 20 != 19], "val": texts[19:40:20]}
+    for split, documents in wanted.items():
+        tokens = open_shard(tmp_path / f"out/{split}_000000.bin").tolist()
+        assert bytes(tokens) == b"".join(b"\0" + d.encode() for d in documents)
+    together = b"".join(b"\0" + text.encode() for text in texts[:40])
+    blocks = bytes_model(len(together) - 1)(file)  # what --text and --calib read
+    assert bytes(blocks.windows(np.arange(1)).ravel().tolist()) == together
+
+
+@pytest.mark.parametrize("name", ["books.json", "books.csv", "books.tsv", "books.ndjson",
+                                  "books.csv.gz", "Books.CSV"])
+def test_structured_text_that_cannot_be_read_is_refused_by_name(tmp_path, name):
+    with (gzip.open if name.endswith("gz") else open)(tmp_path / name, "wt") as file:
+        file.write('[{"text": "abc, def"}]\n' * 300)
+    for read in (lambda file: prepare(tmp_path / "out", "bytes", file), bytes_model(6)):
+        with pytest.raises(ValueError, match=f"{name} is neither plain text nor .parquet or .jsonl"):
+            read(tmp_path / name)
+    (tmp_path / "rows.jsonl").write_text('{"content": "abc"}\n')
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1" * 9)
+    for name, words in (("rows", "line 1: no JSON object with the key 'text'"), ("broken", "")):
+        [file] = tmp_path.glob(f"{name}.*")
+        for read in (lambda file: prepare(tmp_path / "out", "bytes", file), bytes_model(6)):
+            with pytest.raises(ValueError, match=f"{file} cannot be read: {words}"):
+                read(file)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("border", ["", "\n<|endoftext|>\n"])
@@ -202,7 +243,7 @@ def test_compressed_texts_are_read_and_damaged_ones_named(tmp_path):
                     read_text(tmp_path / name)
                 assert "\n" not in str(error.value)
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfcaf\xe9")
-    with pytest.raises(ValueError, match="b.txt is not UTF-8 text .byte 6 "):
+    with pytest.raises(ValueError, match="b.txt cannot be read: not UTF-8 text .byte 6 "):
         read_text(tmp_path / "b.txt")
     with pytest.raises(FileNotFoundError):
         read_text(tmp_path / "c.txt")

@@ -63,7 +63,7 @@ def test_impossible_numbers(fails, small_run):
     fails([*small_run, "--steps", "0"], 2, "--steps 0")
     fails([*small_run, "--lr", "-1"], 2, "--lr")
     fails([*small_run, "--steps", "9", "--warmup", "10"], 2, "--warmup 10")
-    fails([*small_run, "--n-head", "5"], 2, "n_head 5")
+    fails([*small_run, "--n-head", "5"], 2, "--n-embd 32", "--n-head 5")
     fails([*small_run, "--lr", "inf"], 2, "--lr inf")
     fails([*small_run, "--ablation", "--seeds", "0"], 2, "--seeds 0")
     fails([*small_run, "--seeds", "2"], 2, "--seeds are for --ablation")
@@ -194,6 +194,17 @@ def test_a_torn_log_does_not_stop_a_resume(finished):
     train.main(["--resume", str(finished), "--steps", "6", "--device", "cpu"])
     steps, evaluations = read_log(finished)
     assert set(steps) == set(range(1, 7)) and set(evaluations) >= {0, 4, 6}
+
+
+def test_a_log_torn_before_its_last_line_break_loses_no_record(finished):
+    log = finished / "log.jsonl"
+    lines = log.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines][-2:] == [4, 4]  # the step, and its evaluation
+    log.write_text("\n".join(lines))
+    train.main(["--resume", str(finished), "--steps", "6", "--device", "cpu"])
+    steps, evaluations = read_log(finished)
+    assert set(steps) == {1, 2, 3, 4, 5, 6} and set(evaluations) >= {0, 4, 6}
+    assert log.read_text().splitlines()[: len(lines)] == lines
 
 
 def test_corrupt_foreign_and_malicious_checkpoints(fails, finished, tmp_path):

@@ -11,6 +11,7 @@ from conftest import train_osp
 import eval as evaluation
 import train
 from data.dataset import Dataset, TextBlocks
+from data.prepare import prepare
 from data.tokenizer import encode, tokenizer
 from eval import (
     Watch,
@@ -27,7 +28,7 @@ from model import Config, Transformer
 from tools import export
 from tools.evaluate import main as evaluate_main
 from tools.evaluate import measure_everywhere
-from tools.loading import load
+from tools.loading import Loaded, load
 from tools.report import strongest_sink, strongest_state
 from tools.writing import generate
 
@@ -253,7 +254,26 @@ def test_a_uniform_model_has_the_vocabulary_as_perplexity(val):
     r = measure(model, val)
     assert r["perplexity"] == pytest.approx(256, rel=1e-5)
     assert r["val_loss"] == pytest.approx(math.log(256))
-    assert r["bits_per_byte"] == pytest.approx(8 / val.meta["bytes_per_token"], rel=1e-5)
+    assert r["bits_per_byte"] == pytest.approx(8, rel=1e-5)  # a separator is a byte of the text
+
+
+def test_bits_per_byte_are_all_bits_of_a_text_over_its_bytes_and_ends(tmp_path):
+    """Counted by hand for documents of 23 bytes. Without the ends it would be 4 % more."""
+    texts = [f"line {i:03} of short texts" for i in range(200)]
+    (tmp_path / "t.txt").write_text("\n<|endoftext|>\n".join(texts))
+    assert {len(text) for text in texts} == {23}
+    prepare(tmp_path / "bytes", "bytes", tmp_path / "t.txt")
+    measured = Dataset(tmp_path / "bytes", "val", 23)
+    model = model_with()
+    r = measure(model, measured)
+    windows = torch.from_numpy(measured.windows(np.arange(measured.n_windows)))
+    assert windows.shape == (10, 24)  # a document each: as many bytes, and the byte 0
+    bits = model(windows[:, :-1], windows[:, 1:]).item() / math.log(2)
+    assert r["bits_per_byte"] == pytest.approx(bits, rel=1e-5)  # per token, which is per byte
+    loaded = Loaded(None, model, {"seq_len": 23}, {"tokenizer": "bytes"}, None)
+    (tmp_path / "val.txt").write_text("\n<|endoftext|>\n".join(texts[19::20]))
+    by_text = measure(model, loaded.text_blocks(tmp_path / "val.txt", 24))
+    assert by_text["bits_per_byte"] == pytest.approx(r["bits_per_byte"], rel=1e-6)
 
 
 def test_batch_size_changes_nothing_and_two_measurements_are_equal(val):

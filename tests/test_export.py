@@ -183,6 +183,20 @@ def test_bad_files_are_exit_code_1(fails, four_bit_file, tmp_path):
     fails(1, "cut.pt usable", target=tmp_path / "cut.pt")
 
 
+@pytest.mark.parametrize("value, options", [
+    (math.nan, ["--hf"]), (math.inf, ["--hf"]), (math.nan, ["--method", "rtn", "--out"]),
+    (3e38, ["--method", "had", "--out"]),  # finite, but its rotation is not
+    (3e38, ["--method", "had", "--format", "mxfp4", "--out"])])
+def test_weights_that_are_not_finite_are_never_written(run_dir, tmp_path, value, options):
+    state = read_archive(run_dir / "ckpt.pt")
+    state["model"]["blocks.0.ffn.down_proj.weight"].fill_(value)
+    torch.save(state, tmp_path / "broken.pt")
+    with pytest.raises(SystemExit, match="^error: blocks.0.ffn.down_proj.weight holds numbers that "
+                                         "are not finite: [^\n]*$"):
+        export.main([str(a) for a in (tmp_path / "broken.pt", *options, tmp_path / "new")])
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.pt"]
+
+
 def test_a_quantized_file_from_elsewhere_is_refused(four_bit_file, run_dir, tmp_path):
     state, bad = torch.load(four_bit_file, weights_only=True), tmp_path / "bad.pt"
     scales = state["quantization"]["scales"]

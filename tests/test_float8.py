@@ -102,7 +102,7 @@ def test_a_run_in_float8_recomputes_accumulates_resumes_and_keeps_its_dtype(tmp_
 
 
 @pytest.mark.parametrize("options, said", [
-    (["--n-embd", "40"], "multiples of 16, not of 40"),
+    (["--n-embd", "40"], "multiples of 16, not of --n-embd 40"),
     (["--micro-batch-size", "2", "--seq-len", "12"], "a multiple of 16 tokens, not 2 x 12")])
 def test_shapes_that_float8_cannot_multiply(options, said, small_run, tmp_path, capsys):
     with pytest.raises(SystemExit):

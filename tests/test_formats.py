@@ -1,5 +1,6 @@
 """MXFP4 and NVFP4, against torchao, against ml_dtypes, and by hand."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import CONFIGS, SMALL, distance, randomized
 from model import Config
 from nanoosp.files import read_archive
 from nanoosp.formats import BLOCK_FORMATS, E2M1, E4M3_MIN, e2m1
-from quantize import Recipe, attach_rounding, linears, per_column, quantize
+from quantize import Int, Recipe, attach_rounding, linears, per_column, quantize
 from tools.packed import from_integer, pack, packed_model, save_packed, to_integer, unpack
 
 FORMATS = list(BLOCK_FORMATS)
@@ -66,6 +67,20 @@ def test_mxfp4_is_torchaos(kind):
     theirs = mx.to_dtype(data.view(torch.uint8), scale, torch.float4_e2m1fn_x2, 32, torch.float32)
     assert torch.equal(rounded(W, "mxfp4"), theirs)
     assert torch.equal(BLOCK_FORMATS["mxfp4"].scale(W).log2() + 127, scale.view(torch.uint8).float())
+
+
+@pytest.mark.parametrize("broken", [math.inf, -math.inf, math.nan])
+def test_activations_that_are_not_finite_stay_so_in_every_format(broken):
+    x = torch.randn(2, 64)
+    x[0, 40] = broken
+    mxfp4, nvfp4 = BLOCK_FORMATS.values()
+    for rounded in (Int(4).round(x), mxfp4.round(x), nvfp4.round(x)):
+        assert rounded[0, 32:].isnan().all() and rounded[1].isfinite().all()
+    assert mxfp4.round(x).isnan().sum() == 32  # of its block only
+    if math.isnan(broken):  # where torchao agrees; of inf it makes numbers
+        mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
+        scale, _ = mx.to_mx(x, torch.float4_e2m1fn_x2, 32)
+        assert torch.equal(mxfp4.scale(x).isnan(), scale.float().isnan())
 
 
 @pytest.mark.parametrize("kind", samples())

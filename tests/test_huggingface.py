@@ -17,7 +17,7 @@ from data.tokenizer import (encode, halves, json_from_encoding, separator, token
                             without_token)
 from nanoosp.checkpoint import load_checkpoint
 from tools import evaluate, export
-from tools.huggingface import load_llama, save_llama
+from tools.huggingface import load_llama, our_names, save_llama
 from tools.loading import load
 from tools.writing import generate
 
@@ -266,6 +266,84 @@ def test_sharded_files_are_read(tmp_path):
     assert same_logits(load_llama(tmp_path / "m")[0], theirs)
 
 
+def beside_model(m, theirs, tensors):
+    """One file, and beside it a variant and what another program left."""
+    for name in ("model.fp16.safetensors", "model-00001-of-00009.safetensors"):
+        save_file({name: W.half() for name, W in tensors.items()}, m / name)
+    theirs.save_pretrained(m, variant="fp16", max_shard_size="100KB")
+
+
+def beside_shards(m, theirs, tensors):
+    (m / "model.safetensors").unlink()
+    theirs.save_pretrained(m, max_shard_size="100KB")
+    beside_model(m, theirs, tensors)
+
+
+def stray_index(m, theirs, tensors):
+    """transformers prefers the single file."""
+    text = json.dumps({"metadata": {}, "weight_map": {name: "gone" for name in tensors}})
+    (m / "model.safetensors.index.json").write_text(text)
+
+
+def renamed(m, theirs, tensors, extra=None, unindexed=()):
+    (m / "model.safetensors").unlink()
+    files = [dict(list(tensors.items())[i::3]) for i in range(3)]
+    names = [f"{letter}/weights.safetensors" for letter in "cab"]
+    weight_map = {name: file for file, part in zip(names, files) for name in part}
+    for file, part in zip(names, files):
+        (m / file).parent.mkdir()
+        save_file(part | (extra or {}), m / file, metadata={"format": "pt"})
+    weight_map = {name: file for name, file in weight_map.items() if name not in unindexed}
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (m / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def unindexed(m, theirs, tensors):
+    """The index leaves out a tensor of the model, and one that it does not have."""
+    renamed(m, theirs, tensors, {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)},
+            unindexed=["model.norm.weight"])
+
+
+def twice(m, theirs, tensors):
+    """Of two the last file's counts: here that of c/, which is right."""
+    wrong = {"model.norm.weight": torch.ones(64)}
+    first = {"model.norm.weight": tensors.pop("model.norm.weight")}
+    renamed(m, theirs, {**first, **tensors})
+    for file in (m / "a/weights.safetensors", m / "b/weights.safetensors"):
+        save_file(load_file(file) | wrong, file, metadata={"format": "pt"})
+
+
+def mixed(m, theirs, tensors):
+    """bf16, and norms in fp32, as some trainers write it."""
+    tensors = {name: W if "norm" in name else W.bfloat16() for name, W in tensors.items()}
+    save_file(tensors, m / "model.safetensors", metadata={"format": "pt"})
+    change_config(m, dtype="bfloat16")
+
+
+def mixed_without_a_word(m, theirs, tensors):
+    mixed(m, theirs, tensors)
+    change_config(m, dtype=None)
+
+
+def wide_head(m, theirs, tensors):
+    tensors = {name: W if "head" in name else W.bfloat16() for name, W in tensors.items()}
+    save_file(tensors, m / "model.safetensors", metadata={"format": "pt"})
+    change_config(m, dtype="float32")
+
+
+@pytest.mark.parametrize("arrange", [beside_model, beside_shards, stray_index, renamed, unindexed,
+                                     twice, mixed, mixed_without_a_word, wide_head])
+def test_the_tensors_are_those_that_transformers_finds(arrange, tmp_path):
+    theirs = hf_model(tmp_path / "m")
+    arrange(tmp_path / "m", theirs, load_file(tmp_path / "m/model.safetensors"))
+    wanted = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto")
+    found = load_llama(tmp_path / "m")[0].state_dict()
+    wanted = {our_names(name): W for name, W in wanted.state_dict().items()}
+    assert found.keys() == wanted.keys()
+    for name, W in found.items():
+        assert W.dtype == wanted[name].dtype and torch.equal(W, wanted[name]), name
+
+
 def test_the_older_spelling_of_config_json_is_read(tmp_path):
     theirs = hf_model(tmp_path / "m", **MODELS["theta 500000"])
     change_config(tmp_path / "m", rope_parameters=None, dtype=None)
@@ -367,15 +445,16 @@ def test_damaged_directories_are_refused_in_one_line(tmp_path):
     def cut_off(m):
         (m / "model.safetensors").write_bytes((m / "model.safetensors").read_bytes()[:-10])
 
-    def double(m):
-        tensors = {"model.norm.weight": torch.ones(64)}
-        save_file(tensors, m / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
+    def index(content):
+        return lambda m: (m / "model.safetensors.index.json").write_text(content)
 
     head = torch.zeros(256, 64)
-    check("Missing key", lambda m: (m / "model.safetensors").unlink())
-    check(r"Missing key.*model\.", lambda m: next(m.glob("*00002*")).unlink(),
+    check("model.safetensors is missing or damaged: No such file", lambda m: (m / "model.safetensors").unlink())
+    check(r"00002-of-.*is missing or damaged: No such file", lambda m: next(m.glob("*00002*")).unlink(),
           max_shard_size="100KB")
-    check("model.norm.weight", double)
+    check("index.json has no weight_map", index("{}"), max_shard_size="100KB")
+    check("index.json cannot be used", index("[]"), max_shard_size="100KB")
+    check("Missing key", index('{"weight_map": {}}'), max_shard_size="100KB")
     check("config.json", config(b"{"))
     check("config.json.*not UTF-8", config(b"\xff\xfe{"))
     check("config.json", config(b"[]"))
@@ -389,8 +468,7 @@ def test_damaged_directories_are_refused_in_one_line(tmp_path):
     check(r"\[256, 65\]", rewrite(**{"lm_head.weight": torch.zeros(256, 65)}))
     check("float32 and int64", rewrite(**{"lm_head.weight": head.long()}))
     check("float16 and float32", rewrite(**{"lm_head.weight": head.half()}))
-    check("all must be float32, or all", rewrite(**{"lm_head.weight": head.bfloat16()}))
-    check("float16", lambda m: None, dtype=torch.float16)
+    check("float16: only float32", lambda m: None, dtype=torch.float16)
     check("no tokenizer.json", lambda m: (m / "tokenizer.json").unlink())
     check("tokenizer.json cannot be used", lambda m: (m / "tokenizer.json").write_text("{}"))
     check("256 ids.* only 250", lambda m: None, vocab_size=250)
@@ -459,6 +537,7 @@ def test_the_round_trip_is_exact(runs, tmp_path):
     dict(tie_word_embeddings=True),
     dict(max_position_embeddings=9999, dtype=torch.bfloat16),
     dict(eos_token_id=[3, 4], bos_token_id=None, **rope(rope_theta=5e5)),
+    dict(unk_token_id=5, pad_token_id=0, sep_token_id=7, decoder_start_token_id=2),
 ])
 def test_what_comes_in_goes_out_with_the_same_tensors(changes, tmp_path):
     hf_model(tmp_path / "m", **changes)
@@ -468,7 +547,8 @@ def test_what_comes_in_goes_out_with_the_same_tensors(changes, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
     before, after = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("m", "out"))
     for name in ("architectures", "max_position_embeddings", "bos_token_id", "eos_token_id",
-                 "tie_word_embeddings", "head_dim", "rope_parameters", "dtype"):
+                 "tie_word_embeddings", "head_dim", "rope_parameters", "dtype",
+                 *(name for name in {**before, **after} if "token_id" in name)):
         assert before[name] == after[name]
     assert after["rope_theta"] == after["rope_parameters"]["rope_theta"]  # the older spelling
 

@@ -332,9 +332,66 @@ def test_special_tokens_are_ids_but_never_come_out_of_text(theirs, name, end):
     assert ours.decode([separator(ours)]) == end
     for text in (f"ab{end}cd", end, f"{end}{end} ab", f"ab {end}"):
         assert separator(ours) not in encode(ours, text)
-        words = ours.decode(encode(ours, text)).split()  # where Unigram is cut, blanks come in
         if name != "gaps":  # which drops most letters
-            assert "".join(words) == "".join(text.split())
+            assert ours.decode(encode(ours, text)) == text
+
+
+def sentencepiece_model(path, kind, byte_fallback):
+    """(a model of sentencepiece in the file `path`, the same as a tokenizer of the library). In the
+    second, merges make all words of which two others are the parts, as in older conversions."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdef</s>é", k=rng.randint(1, 7))) for _ in range(200)]
+    texts = (" ".join(rng.choices(words, k=12)) for _ in range(1000))
+    with open(path, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=texts, model_writer=file, vocab_size=500, model_type=kind,
+            byte_fallback=byte_fallback, normalization_rule_name="identity", num_threads=1,
+            remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    vocab = [(theirs.id_to_piece(i), theirs.get_score(i)) for i in range(len(theirs))]
+    if kind == "unigram":
+        model = models.Unigram(vocab, unk_id=theirs.unk_id(), byte_fallback=byte_fallback)
+    else:
+        ids = {word: i for i, (word, _) in enumerate(vocab)}
+        merges = [(word[:n], word[n:]) for word in ids for n in range(1, len(word))
+                  if word[:n] in ids and word[n:] in ids]
+        model = models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=byte_fallback)
+    library = tokenizers.Tokenizer(model)
+    library.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    library.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback()])
+    library.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return theirs, library
+
+
+@pytest.mark.parametrize("byte_fallback", [False, True])
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_pieces_are_those_of_sentencepiece_also_where_a_special_token_stands(tmp_path, kind,
+                                                                            byte_fallback):
+    theirs, library = sentencepiece_model(tmp_path / "spiece.model", kind, byte_fallback)
+    ours = JsonTokenizer(library.to_str())
+    unknown = ["\n", "\t", "\u4e2d", "\u4e2d\u6587", "\u0416", "!"]
+    parts = ["</s>", "<s>", "<unk>", "<0x41>", "<0xE4>", "</", "s>", "abc", "fed", "\u2581", " ",
+             "  ", "     ", "é", *unknown]
+    rng = random.Random(1)
+    texts = [*parts, *("".join(rng.choices(parts, k=rng.randint(2, 14))) for _ in range(1500))]
+    wanted = [theirs.encode(text) for text in texts]
+    assert [text for text, ids in zip(texts, wanted) if encode(ours, text).tolist() != ids] == []
+    found = {i for ids in wanted for i in ids}
+    assert len(found) > 20 and not found & {1, 2} and (0 in found) != byte_fallback
+    assert [library.decode(ids, False) for ids in wanted] == [ours.decode(ids) for ids in wanted]
+
+
+def test_pieces_are_those_of_the_slow_classes_of_transformers(tmp_path):
+    slow = pytest.importorskip("transformers.tokenization_utils_sentencepiece")
+    _, library = sentencepiece_model(tmp_path / "spiece.model", "unigram", True)
+    theirs = slow.SentencePieceBackend(vocab_file=str(tmp_path / "spiece.model"), legacy=True,
+                                       split_special_tokens=True, unk_token="<unk>",
+                                       bos_token="<s>", eos_token="</s>")
+    ours = JsonTokenizer(library.to_str())
+    for text in ("ab</s>fed", "</s>", "ab <s>  fed", "\u4e2d</s>\u4e2d ab", "   ab</s>   ab\n"):
+        assert encode(ours, text).tolist() == theirs.encode(text, add_special_tokens=False)
 
 
 def test_without_such_a_token_the_byte_0_separates(theirs):
@@ -502,7 +559,7 @@ def test_a_dataset_without_its_tokenizer_json_is_refused(json_dataset, tmp_path)
     with pytest.raises(ValueError, match="nowhere.*path of a tokenizer.json"):
         tokenizer(str(tmp_path / "nowhere"))
     (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe{")
-    with pytest.raises(ValueError, match="tokenizer.json is not UTF-8"):
+    with pytest.raises(ValueError, match="tokenizer.json cannot be read: not UTF-8"):
         tokenizer(str(tmp_path))
 
 

@@ -36,7 +36,7 @@ from nanoosp.fast import compute_in
 from nanoosp.machine import pick_device
 from nanoosp.methods import slug
 from nanoosp.options import ROOT, command, fail, flag, parse
-from nanoosp.run_options import resume
+from nanoosp.run_options import expand, resume
 from nanoosp.signals import StopSignal
 from quantize import Recipe
 from tools.evaluate import measure, measure_added, measure_quantized
@@ -100,11 +100,7 @@ def main(argv=None):
 
 def check(opt):
     """End the program if it is asked for what an ablation cannot do."""
-    if opt.given & {"osp", "optimizer", "norm", "embproj", "resume"}:
-        fail("--ablation chooses the parts of OSP itself, and goes on by itself if started again")
-    for name in ("bench", "dry_run"):
-        if getattr(opt, name):
-            fail(f"{flag(name)} is for one model; leave out --ablation")
+    expand(opt)
     if "RANK" in os.environ:
         fail("the rows of --ablation are processes of their own: use --gpus N instead of torchrun")
     if opt.gpus and opt.gpus > torch.cuda.device_count():

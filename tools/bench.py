@@ -23,16 +23,16 @@ import json
 import statistics
 import time
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import train
-from data.dataset import RandomTokens
 from data.splits import open_datasets
 from nanoosp.machine import peak_memory_gib
 from nanoosp.methods import label
-from nanoosp.options import command, fill, parse
+from nanoosp.options import command, parse
 from nanoosp.ranks import Ranks, say
 from tools.report import describe_speed
 
@@ -46,11 +46,21 @@ DATASHEET = {  # dense bfloat16 FLOP/s, by words in the name that torch gives th
 }
 
 
+class RandomTokens:
+    """Stands in for a Dataset where only speed is measured."""
+
+    def __init__(self, vocab_size: int, seq_len: int):
+        self.meta, self.seq_len = {"vocab_size": vocab_size}, seq_len
+
+    def batch(self, step: int, batch_size: int, rank: int = 0, world: int = 1) -> np.ndarray:
+        rng = np.random.default_rng([step, rank])
+        return rng.integers(self.meta["vocab_size"], size=(batch_size // world, self.seq_len + 1))
+
+
 @command
 def main(argv=None):
     began = time.perf_counter()
     opt = parse(train.Options, train.__doc__, argv)
-    fill(opt, steps=10, data="random")
     train.resolve(opt)
     say(f"{label(vars(opt))}, preset {opt.preset}, on {opt.device} in {opt.dtype}", opt.json)
     with Ranks.start(opt.device) as ranks:

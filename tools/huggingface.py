@@ -5,10 +5,10 @@
 
 `python quantize.py TARGET --hf DIR` saves. Wherever a TARGET is asked for, such a DIR can be given.
 
-A directory holds config.json (the shape), model*.safetensors (the weights), tokenizer.json and what
-else goes with the model (CARRIED). The weights need no arithmetic: our RoPE turns the same pairs of
-channels as Hugging Face's, so tensors only change their names. What our model cannot be is refused
-by name.
+A directory holds config.json (the shape), model.safetensors (the weights) or an index of several
+such files, tokenizer.json and what else goes with the model (CARRIED). The weights need no
+arithmetic: our RoPE turns the same pairs of channels as Hugging Face's, so tensors only change
+their names. What our model cannot be is refused by name.
 """
 
 import contextlib
@@ -58,6 +58,7 @@ PLAIN = {  # what a plain LLaMA's config.json may say of other things; None is "
     "pretraining_tp": [None, 1],
     "quantization_config": [None],
 }
+PRECISIONS = {torch.float32, torch.bfloat16}
 PLAIN_ROPE = {"rope_type": ["default"], "type": ["default"], "partial_rotary_factor": [None, 1]}
 
 
@@ -89,7 +90,7 @@ def load_llama(directory, device="cpu"):
     transformers."""
     directory = Path(directory)
     theirs, config = read_config(directory / "config.json")
-    model = load_weights(config, directory).to(device)
+    model = load_weights(config, directory, theirs.dtype).to(device)
     if not (directory / TOKENIZER_JSON).is_file():
         raise FileNotFoundError(f"{directory} has no {TOKENIZER_JSON}, so its tokenizer is unknown")
     data = {"tokenizer": TOKENIZER_JSON, "tokenizer_json": read_text(directory / TOKENIZER_JSON)}
@@ -97,12 +98,12 @@ def load_llama(directory, device="cpu"):
     if encoding.n_vocab > config.vocab_size:
         raise ValueError(f"{directory}: the tokenizer has {encoding.n_vocab:,} ids, but the model "
                          f"has only {config.vocab_size:,}")
-    for_saving = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    ids = [name for name in vars(theirs) if "token_id" in name]  # of BOS, padding, the unknown, ...
     carried = sorted(path for name in CARRIED for path in directory.glob(name))
     options = {
         "imported": directory.resolve().name,
         "seq_len": min(theirs.max_position_embeddings, SEQ_LEN),
-        "hf_config": {name: getattr(theirs, name) for name in for_saving},
+        "hf_config": {name: getattr(theirs, name) for name in ("max_position_embeddings", *ids)},
         "hf_files": {path.relative_to(directory).as_posix(): read_text(path) for path in carried},
         "end_ids": end_ids(directory, encoding, config.vocab_size),
     }
@@ -167,38 +168,52 @@ def read_config(path: Path):
         raise ValueError(f"{path} cannot be used: {' '.join(str(error).split())}") from error
 
 
-def load_weights(config: Config, directory: Path) -> Transformer:
-    """A model of the tensors in model*.safetensors, in their own precision, mapped into memory.
+def load_weights(config: Config, directory: Path, dtype=None) -> Transformer:
+    """A model of the tensors in `directory`, in their own precision, mapped into memory. If that is
+    fp32 for some and bf16 for others, all get `dtype`, or else the first one's.
 
-    LlamaForCausalLM.from_pretrained maps them too. But it fills in tensors that are missing, and
-    casts those of another dtype, without an error.
+    Which files are read, and which of two tensors counts, LlamaForCausalLM.from_pretrained decides
+    in the same way. It maps them too, but fills in tensors that are missing, without an error.
     """
     from safetensors.torch import load_file
 
+    index, indexed = directory / "model.safetensors.index.json", {}
+    files = [directory / "model.safetensors"]
+    if not files[0].is_file() and index.is_file():
+        indexed = read_object(index).get("weight_map")
+        if not isinstance(indexed, dict):
+            raise ValueError(f"{index} has no weight_map")
+        files = [directory / name for name in sorted(set(map(str, indexed.values())))]
     weights = {}
-    for path in sorted(directory.glob("model*.safetensors")):
+    for path in files:
         try:
-            tensors = {our_names(name): W for name, W in load_file(path).items()
-                       if not name.endswith("rotary_emb.inv_freq")}  # computed here
+            weights |= sorted(load_file(path).items())
         except Exception as error:  # safetensors has its own kind
-            raise ValueError(f"{path} is damaged: {error}") from error
-        if twice := weights.keys() & tensors.keys():
-            raise ValueError(f"{path}: another file holds {their_names(min(twice))} too")
-        weights |= tensors
-    dtypes = {str(W.dtype).removeprefix("torch.") for W in weights.values()}
-    if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16"}:
-        raise ValueError(f"{directory} holds tensors of {' and '.join(sorted(dtypes))}: all must "
-                         "be float32, or all bfloat16")
-    if config.tie_embeddings and "embed.weight" in weights:
-        embed = weights["embed.weight"]
-        if not torch.equal(weights.setdefault("head.weight", embed), embed):  # some hold it twice
-            raise ValueError(f"{directory}: lm_head.weight is not the embedding, but config.json "
-                             "ties the two")
+            raise ValueError(f"{path} is missing or damaged: {error}") from error
     try:
+        with torch.device("meta"):
+            needed = Transformer(config).state_dict()
+        weights = {our_names(name): W for name, W in weights.items()
+                   if (not indexed or name in indexed or our_names(name) in needed)
+                   and not name.endswith("rotary_emb.inv_freq")}  # computed here
+        dtypes = {W.dtype for W in weights.values()}
+        if len(dtypes) > 1 and dtypes <= PRECISIONS:
+            dtypes = {dtype or next(iter(weights.values())).dtype}
+            weights = {name: W.to(*dtypes) for name, W in weights.items()}
+        if not dtypes <= PRECISIONS:
+            names = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise ValueError(f"{directory} holds tensors of {' and '.join(names)}: only float32 "
+                             "and bfloat16 can be read")
+        if config.tie_embeddings and "embed.weight" in weights:
+            embed = weights["embed.weight"]
+            head = weights.setdefault("head.weight", embed)  # some hold it twice
+            if not torch.equal(head, embed):
+                raise ValueError(f"{directory}: lm_head.weight is not the embedding, but "
+                                 "config.json ties the two")
         return Transformer.from_weights(config, weights)
     except RuntimeError as error:  # PyTorch names the tensors in the lines after the first
         problem = their_names(str(error).splitlines()[-1].strip())[:200]
-        raise ValueError(f"{directory}: model*.safetensors do not hold what config.json describes: "
+        raise ValueError(f"{directory}: its safetensors do not hold what config.json describes: "
                          f"{problem}") from error
 
 
@@ -210,8 +225,9 @@ def save_llama(model, directory, options: dict, data: dict, evaluation=None, sha
     A model that load_llama() has read gets back all CARRIED files.
 
     `options` and `data` are those of its checkpoint, `evaluation` is a record of its log. Raises
-    FileExistsError if `directory` exists, OSError if it cannot be written, ValueError for a
-    quantized model or a tokenizer without tokenizer.json, and ImportError without transformers.
+    FileExistsError if `directory` exists, OSError if it cannot be written, ArithmeticError for
+    weights that are not finite, ValueError for a quantized model or a tokenizer without
+    tokenizer.json, and ImportError without transformers.
     """
     directory = Path(directory)
     if directory.exists() or directory.is_symlink():
@@ -220,6 +236,7 @@ def save_llama(model, directory, options: dict, data: dict, evaluation=None, sha
         raise ValueError("a quantized model is no plain LLaMA: export the model it was made from")
     if model.config.norm != "rms" or model.config.embproj:
         model = model.fold()
+    check_weights(model.state_dict(), directory)
     encoding = tokenizer_of(data)
     end_ids = ends_of(options, encoding)
     theirs = their_model(model, options, end_ids[:1], first_ids(encoding) or end_ids[:1])
@@ -245,6 +262,15 @@ def save_llama(model, directory, options: dict, data: dict, evaluation=None, sha
     except (OSError, require("safetensors", PURPOSE).SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"could not write {directory}: {reason}") from error
+
+
+def check_weights(weights: dict, path):
+    """Raise ArithmeticError if a tensor of `weights`, which are to be written to `path`, holds inf or
+    nan."""
+    for name, W in weights.items():
+        if not W.isfinite().all():
+            raise ArithmeticError(f"{name} holds numbers that are not finite: {path} would be of no "
+                                  "use, and is not written")
 
 
 def their_model(model: Transformer, options: dict, end: list[int], first: list[int]):

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from data.dataset import TOKENIZER_JSON, Dataset, TextBlocks, find_dataset
-from data.tokenizer import (encode_document, encode_whole, has_borders, split_documents,
-                            tokenizer_of)
+from data.sources import read_documents
+from data.tokenizer import document_bytes, encode_document, encode_whole, tokenizer_of
 from model import Transformer
 from nanoosp.checkpoint import check_checkpoint, check_data, model_from_checkpoint
-from nanoosp.files import read_archive, read_text
+from nanoosp.files import read_archive
 from nanoosp.methods import OPTIMIZERS, label
 from nanoosp.rotations import SPIN_BATCH
 from quantize import GPTQ_SAMPLES, Recipe
@@ -81,19 +81,16 @@ class Loaded:
         return data
 
     def text_blocks(self, file, block: int) -> TextBlocks:
-        """A text file in blocks of `block` tokens. Raises OSError, and ValueError if too short.
+        """A text in blocks of `block` tokens. Raises OSError, and ValueError if too short.
 
         Documents are separated as in a dataset. A text without border lines is measured as it
         stands, with nothing in front: so WikiText-2's perplexity is published.
         """
-        text = read_text(file)
+        documents, separated = read_documents(Path(file))
+        encode = encode_document if separated else encode_whole
+        n_bytes = sum(map(document_bytes, documents)) - (not separated)  # then it has no end
         try:
-            if has_borders(text):
-                texts = split_documents(text)
-                parts = [encode_document(self.encoding, document) for document in texts]
-            else:
-                texts, parts = [text], [encode_whole(self.encoding, text)]
-            n_bytes = sum(len(document.encode()) for document in texts)
+            parts = [encode(self.encoding, document) for document in documents]
             return TextBlocks(np.concatenate([np.empty(0, np.int64), *parts]), block, n_bytes)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error

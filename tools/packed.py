@@ -17,6 +17,7 @@ from model import Config, Transformer
 from nanoosp.files import save_archive
 from nanoosp.formats import BLOCK_FORMATS, E2M1
 from quantize import Recipe, attach_ffn_hadamard, attach_rounding, format_of, linears, per_column
+from tools.huggingface import check_weights
 
 VERSIONS = {"int": 2, "mxfp4": 3, "nvfp4": 3}
 NUMBERS = {"int": range(9), "mxfp4": E2M1, "nvfp4": E2M1}  # what a code may be, but for its sign
@@ -52,12 +53,14 @@ def unpack(packed):
 def save_packed(model, path: Path, options: dict, data: dict):
     """Write a model of quantize(), whole or not at all, with `options` and `data` of its run.
 
-    Raises ValueError unless its weights have 4 bits, OSError if the file cannot be written.
+    Raises ValueError unless its weights have 4 bits, ArithmeticError if they are not finite, OSError
+    if the file cannot be written.
     """
     recipe = model.recipe
     if recipe.w != 4:
         raise ValueError(f"a file holds weights of 4 bits, not {recipe.w}")
     weights = {name: W.cpu() for name, W in model.state_dict().items()}
+    check_weights(weights, path)  # rotating and rounding can overflow
     if torch.equal(weights["head.weight"], weights["embed.weight"]):  # they were tied
         weights["head.weight"] = weights["embed.weight"]  # one storage, which torch writes once
     scales = {name: scale.cpu() for name, scale in model.scales.items()}

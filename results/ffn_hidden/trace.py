@@ -34,6 +34,7 @@ import train  # noqa: E402 (it and the rest need the line above)
 from data.splits import open_datasets  # noqa: E402
 from eval import Watch, at_four_bits, evaluate, mean_loss, sites  # noqa: E402
 from nanoosp.hadamard import hadamard_transform  # noqa: E402
+from nanoosp.methods import OSP  # noqa: E402
 from nanoosp.options import as_if_given, command, fail, flag, option, parse  # noqa: E402
 from nanoosp.ranks import Ranks  # noqa: E402
 from nanoosp.run_options import remembered  # noqa: E402
@@ -49,7 +50,7 @@ class Variant(NamedTuple):
     start: float = 0  # gains start at D to this power
     rule: str = "as built"  # the gains' optimizer: that of the matrices, "adamw" at --lr, "nobody"
     decay: float | None = None  # weight decay of the gains; None: --weight-decay, as all else
-    options: dict = train.OSP  # train.py's
+    options: dict = OSP  # train.py's
 
 
 VARIANTS = {
@@ -69,8 +70,8 @@ VARIANTS = {
         "are gains that learn needed for massive activations at all?", rule="nobody"),
     "decay-0.1": Variant(
         "do smaller weights make a smaller hidden state?",
-        options=dict(train.OSP, weight_decay=0.1)),
-    "rms": Variant("for comparison, a gain per channel", options=dict(train.OSP, norm="rms")),
+        options=dict(OSP, weight_decay=0.1)),
+    "rms": Variant("for comparison, a gain per channel", options=dict(OSP, norm="rms")),
     "adam": Variant(
         "for comparison, none of OSP",
         options=dict(optimizer="adam", norm="rms", embproj=False)),

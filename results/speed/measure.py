@@ -45,13 +45,12 @@ import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 
 import train  # noqa: E402
-from data.dataset import RandomTokens  # noqa: E402
 from model import Transformer  # noqa: E402
 from nanoosp.float8 import Float8Linear  # noqa: E402
 from nanoosp.machine import peak_memory_gib  # noqa: E402
 from nanoosp.ranks import Ranks  # noqa: E402
 from quantize import Int, Recipe, linears, per_column, quantize  # noqa: E402
-from tools.bench import matmul_flops, median_ms, timed_step  # noqa: E402
+from tools.bench import RandomTokens, matmul_flops, median_ms, timed_step  # noqa: E402
 from tools.packed import Int4Linear  # noqa: E402
 from tools.writing import Writer, generate  # noqa: E402
 
