@@ -93,7 +93,6 @@ from data.splits import open_datasets
 from eval import at_four_bits, evaluate
 from model import Config, Transformer
 from muon import make_optimizers
-from nanoosp.divided import muon_of
 from nanoosp.fast import speed_up
 from nanoosp.machine import pick_device
 from nanoosp.ranks import Ranks
@@ -120,7 +119,7 @@ def build(opt, n_ids: int, ranks):
     with torch.device(ranks.device if opt.device == "cuda" else "cpu"):
         model = Transformer(model_config(opt, n_ids)).to(ranks.device)  # CUDA draws its own, fast
     optimizers = make_optimizers(model, opt.optimizer, opt.lr, opt.embed_lr, opt.weight_decay,
-                                 muon_of(ranks))
+                                 ranks.muon())
     forward = ranks.average_gradients(speed_up(model, opt))
     return model, optimizers, forward
 

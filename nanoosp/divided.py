@@ -13,11 +13,6 @@ import torch.distributed as dist
 from muon import Muon, muon_update, same_shapes
 
 
-def muon_of(ranks):
-    """The class for one process, or for several."""
-    return Muon if ranks.world == 1 else DividedMuon
-
-
 class DividedMuon(Muon):
     def __init__(self, groups, **options):
         self.rank = dist.get_rank()

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from muon import Muon
 from nanoosp.options import is_first
 from nanoosp.signals import StopSignal
 
@@ -56,6 +57,14 @@ class Ranks:
     def mean(self, values: torch.Tensor) -> list[float]:
         """Mean over all ranks, as Python numbers. Changes `values`."""
         return (self.sum(values) / self.world).tolist()
+
+    def muon(self):
+        """The class of Muon that divides its work among the ranks, if there are several."""
+        if self.world == 1:
+            return Muon
+        from nanoosp.divided import DividedMuon  # only here: one process does without it
+
+        return DividedMuon
 
     def average_gradients(self, model):
         """What to call instead of `model`, so that backward() leaves the mean of all ranks' gradients."""

@@ -58,7 +58,10 @@ def stand_in(folder, code, *modules):
 
 
 FILES = [*modules().values()]
-RUNNABLE = [str(path.relative_to(ROOT)) for path in FILES
+ELSEWHERE = {"tools/ablation.py": "python train.py --ablation", "tools/bench.py": "python train.py --bench",
+             "tools/dry_run.py": "python train.py --dry-run", "tools/evaluate.py": "python eval.py",
+             "tools/export.py": "python quantize.py"}  # these say so
+RUNNABLE = [str(path.relative_to(ROOT)) for path in FILES if str(path.relative_to(ROOT)) not in ELSEWHERE
             if re.search('__name__ == "__main__"|^door', path.read_text(encoding="utf-8"), re.MULTILINE)]
 SLOW = ["results/ffn_hidden/trace.py"]  # its options are train.py's and more, so it imports train.py
 
@@ -132,7 +135,14 @@ def test_all_other_files_only_define_when_they_are_run():
                 called = ast.unparse(node.value.func)
                 assert called in ("answer_before_torch", "door") or ".use" in called, path
             elif str(path.relative_to(ROOT)) not in RUNNABLE and not isinstance(node, ast.Expr):
-                assert isinstance(node, harmless), path
+                says_where = str(path.relative_to(ROOT)) in ELSEWHERE and isinstance(node, ast.If)
+                assert isinstance(node, harmless) or says_where, path
+
+
+@pytest.mark.parametrize("file", ELSEWHERE)
+def test_a_tool_that_is_run_as_a_file_names_its_command(file, tmp_path):
+    done = subprocess.run([sys.executable, ROOT / file, "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: run this as {ELSEWHERE[file]}\n")
 
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py", "quantize.py", "results/tables.py",
