@@ -54,6 +54,7 @@ class Dataset:
             raise ValueError(f"{directory}: {self.n_tokens:,} {split} tokens are too few for "
                              f"--seq-len {seq_len} (+ 1)")
         self.windows(self.evaluation_windows(8))  # finds a foreign file before a run begins
+        self.fingerprint = fingerprint(json.dumps([self.meta, split], sort_keys=True))
 
     def batch(self, step: int, batch_size: int, rank: int = 0, world: int = 1) -> np.ndarray:
         """This rank's rows of the batch of `step` (0, 1, ...), int64 [batch_size / world, T + 1].
@@ -87,21 +88,28 @@ class Dataset:
 class TextBlocks:
     """A text for evaluation, as WikiText-2 perplexity is measured: in blocks that do not overlap,
     each scored on all its tokens but the first. The tail that fills no block is dropped. `n_bytes`
-    are the text's by document_bytes(). Raises ValueError if the tokens `ids` fill no block."""
+    are the text's by document_bytes(); `text` it is known by, whatever made tokens of it. Raises
+    ValueError if the tokens `ids` fill no block."""
 
-    def __init__(self, ids: np.ndarray, block: int, n_bytes: int):
+    def __init__(self, ids: np.ndarray, block: int, n_bytes: int, text: str = ""):
         self.seq_len = block - 1
         self.n_windows = len(ids) // block
         if not self.n_windows:
             raise ValueError(f"the text has {len(ids):,} tokens, fewer than one block of {block:,}")
         self.blocks = ids[: self.n_windows * block].reshape(self.n_windows, block)
         self.meta = {"bytes_per_token": n_bytes / len(ids)}
+        self.fingerprint = fingerprint(text)
 
     def windows(self, index) -> np.ndarray:
         return self.blocks[index]
 
     def evaluation_windows(self, n: int) -> np.ndarray:
         return evenly_spaced(n, self.n_windows)
+
+
+def fingerprint(content: str) -> str:
+    """What tells the data of two numbers apart, whatever they are called."""
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 # Which windows, in which order

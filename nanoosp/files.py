@@ -5,6 +5,7 @@ torch is imported where it is used: the scripts of data/ need none of it, and it
 
 import contextlib
 import gzip
+import hashlib
 import importlib
 import json
 import os
@@ -90,6 +91,15 @@ def read_text(path) -> str:
     """The text of a file, see opened() and decoded(). Raises FileNotFoundError and other OSErrors, and ValueError."""
     with named(path), opened(path) as file:
         return decoded(file.read())
+
+
+def sha256_of(path: Path) -> str:
+    """Which content a file has, however large it is."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**24):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def require(module: str, purpose: str):

@@ -141,7 +141,7 @@ class Run:
         opt = self.opt
         timed = self.seconds[1:] or self.seconds  # the first step includes compiling
         summary = dict(result, step=opt.steps, tokens=opt.steps * self.tokens_per_step, loss=self.loss,
-                       run=str(self.path), tokens_per_s=self.tokens_per_step * len(timed) / sum(timed),
+                       run=str(self.path), data=self.data.fingerprint, tokens_per_s=self.tokens_per_step * len(timed) / sum(timed),
                        peak_memory_gib=peak_memory_gib(self.ranks.device), wall_s=time.perf_counter() - opt.began)
         write_text(self.path / "summary.json", json.dumps(summary) + "\n")
         print(json.dumps(summary) if opt.json else run_summary(summary, remembered(opt), self.path))

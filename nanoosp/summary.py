@@ -54,7 +54,7 @@ def run_summary(summary: dict, options: dict, directory: Path) -> str:
         "peak memory": f"{summary['peak_memory_gib']:.2f} GiB",
         "run directory": os.path.relpath(directory),
     }
-    sibling = find_sibling(options, directory)
+    sibling = find_sibling(options, summary["data"], directory)
     if sibling is None:
         lines["to compare"] = f"{advice(options)}, with this run's other options"
     text = "\n".join(f"{name:<19}{words}" for name, words in lines.items())
@@ -88,20 +88,21 @@ def advice(options: dict) -> str:
 
 
 def compared(options: dict) -> dict:
-    """The options that two runs must share to be compared."""
-    return {name: value for name, value in options.items() if name not in METHOD | MACHINE}
+    """The options that two runs must share to be compared. What their data are, a path does not say."""
+    return {name: value for name, value in options.items() if name not in METHOD | MACHINE | {"data"}}
 
 
-def find_sibling(options: dict, directory: Path):
-    """(options, summary) of the finished run in the same folder to compare with, or None. Of several it is that of the
-    lowest validation loss: the other side deserves its best learning rate."""
+def find_sibling(options: dict, data: str, directory: Path):
+    """(options, summary) of the finished run in the same folder to compare with, or None. `data`: the fingerprint of what
+    this one was trained on, which both must share. Of several it is that of the lowest validation loss: the other side
+    deserves its best learning rate."""
     found = []
     for path in directory.resolve().parent.glob("*/summary.json"):
         try:
             theirs = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
             summary = json.loads(path.read_text(encoding="utf-8"))
-            same = compared(theirs) == compared(options) and summary["step"] == theirs["steps"]
-            if same and sibling_method(options).items() <= theirs.items():
+            same = compared(theirs) == compared(options) and summary["data"] == data
+            if same and summary["step"] == theirs["steps"] and sibling_method(options).items() <= theirs.items():
                 side_by_side((theirs, summary))  # it has all that will be printed
                 found.append((theirs, summary))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError):

@@ -54,7 +54,7 @@ answer_before_torch("results/tables.py", Options)
 
 from nanoosp.recipe import FORMATS  # noqa: E402
 from nanoosp.summary import table  # noqa: E402
-from tools.report import ablation_table, mean_and_spread, with_rate  # noqa: E402
+from tools.report import ablation_table, check_same_data, mean_and_spread, with_rate  # noqa: E402
 from results.ffn_hidden.trace import VARIANTS  # noqa: E402
 
 METHODS = ("rtn", "had", "gptq", "quarot", "spinquant")
@@ -125,6 +125,7 @@ def grouped(runs: list[dict], *keys: str) -> dict[tuple, list[dict]]:
 
 def spread(runs: list[dict], get, digits: int, sign: bool = False) -> str:
     """Mean ± standard deviation of get(run); with a + in front if it is a difference."""
+    check_same_data([run.get("eval", {}) for run in runs])
     values = [get(run) for run in runs]
     return ("+" if sign and statistics.mean(values) >= 0 else "") + mean_and_spread(values, digits)
 

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from conftest import read_log
 from launch import _child, context
 
 import train
+from data.prepare import prepare
 from nanoosp.methods import label
 from nanoosp.options import parse
 from tools import ablation
@@ -221,6 +223,42 @@ def test_a_stop_signal_saves_the_row_and_says_how_to_go_on(small_run, tmp_path, 
     step = max(read_log(out / "adam-s0")[0])
     assert torch.load(out / "adam-s0/ckpt.pt")["step"] == step < 9000
     assert not (out / "muon-only-s0").exists() and "Traceback" not in output.read_text()
+
+
+def test_an_ablation_is_not_continued_or_widened_on_other_data(small_run, tmp_path, forked, monkeypatch):
+    """The folder's name is the same, but it was prepared again: rows of both may not be averaged."""
+    monkeypatch.setattr(ablation, "TABLE_2", THREE[:1])
+    monkeypatch.setitem(sys.modules, "tools.plot", None)
+
+    def prepared(text):
+        shutil.rmtree(tmp_path / "d", ignore_errors=True)
+        (tmp_path / "t.txt").write_text(text)
+        prepare(tmp_path / "d", "bytes", tmp_path / "t.txt")
+
+    prepared("some words\n" * 900)
+    argv = [*small_run[:-1], str(tmp_path / "d"), "--ablation", "--steps", "2", "--out", str(tmp_path / "a")]
+    ablation.main(argv)
+    kept = json.loads((tmp_path / "a/adam-s0/eval.json").read_text())
+    assert len(kept["of"]) == 64 and len(kept["data"]) == 16
+    prepared("other words\n" * 900)
+    with pytest.raises(SystemExit, match="^error: .* is other data than this run was trained on"):
+        ablation.main([*argv, "--seeds", "2"])
+    assert not (tmp_path / "a/adam-s1").exists()
+
+
+def test_a_measurement_is_known_by_its_checkpoint_and_not_by_its_date(small_run, tmp_path, forked, monkeypatch):
+    monkeypatch.setattr(ablation, "TABLE_2", THREE[:1])
+    monkeypatch.setitem(sys.modules, "tools.plot", None)
+    argv = [*small_run, "--ablation", "--out", str(tmp_path / "a")]
+    ablation.main([*argv, "--steps", "2"])
+    path = tmp_path / "a/adam-s0/eval.json"
+    first = json.loads(path.read_text())
+    os.utime(path, (2**32, 2**32))  # a date after any training
+    ablation.main([*argv, "--steps", "4"])
+    assert json.loads(path.read_text())["val_loss"] < first["val_loss"]
+    second = path.stat().st_mtime_ns
+    ablation.main([*argv, "--steps", "4"])
+    assert path.stat().st_mtime_ns == second
 
 
 def test_a_failed_row_ends_the_ablation_with_its_exit_code_and_one_line(

@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -446,3 +447,33 @@ def test_figures_are_drawn(run_dir, tmp_path, capsys):
     names = {"grid.png", "activations.png", "curves.png", "layers.png", "sinks.png"}
     assert {path.name for path in paths} == names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_numbers_on_different_data_stand_in_no_table_and_no_figure(run_dir, dataset_dir, tmp_path, capsys):
+    """A second run on a dataset of another name: the same text prepared in another place is the same data."""
+    for name, words in (("same", None), ("other", "some other words\n" * 900)):
+        if words:
+            (tmp_path / "t.txt").write_text(words)
+            prepare(tmp_path / name, "bytes", tmp_path / "t.txt")
+        else:
+            shutil.copytree(dataset_dir, tmp_path / name)
+        train.main(["--preset", "tiny", "--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--seq-len", "32", "--steps", "1",
+                    "--device", "cpu", "--data", str(tmp_path / name), "--out", str(tmp_path / f"on-{name}")])
+    capsys.readouterr()
+    argv = ["--device", "cpu", "--bits", "none"]
+    evaluate_main([str(run_dir), str(tmp_path / "on-same"), *argv])
+    assert re.search(rf"(?m)^{run_dir.name} .*\n^on-same ", capsys.readouterr().out)
+    evaluate_main([str(run_dir), str(tmp_path / "on-other"), *argv])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"not compared: {run_dir.name} and on-other were measured on different data")
+    evaluate_main([str(run_dir), str(tmp_path / "on-other"), "--text", str(tmp_path / "t.txt"), *argv])
+    assert "not compared" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="different data"):
+        evaluate_main([str(run_dir), str(tmp_path / "on-other"), "--plot", str(tmp_path / "f"), *argv])
+
+
+def test_targets_of_the_same_name_are_told_apart(run_dir, tmp_path, capsys):
+    shutil.copytree(run_dir, tmp_path / run_dir.name)
+    evaluate_main([str(run_dir), str(tmp_path / run_dir.name), "--device", "cpu", "--bits", "none", "--json"])
+    names = [row["target"] for row in json.loads(capsys.readouterr().out)]
+    assert names == [str(run_dir), str(tmp_path / run_dir.name)]

@@ -1,14 +1,17 @@
 """The last lines of train.py: what four bits add, and what a run is compared with."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
 import train
+from data.prepare import prepare
 from nanoosp.methods import OSP
 from nanoosp.summary import find_sibling, sibling_method
+from tools import evaluate
 
 
 def without_rates(small_run):
@@ -47,9 +50,10 @@ def test_of_several_runs_that_of_the_lowest_loss_is_the_sibling(small_run, tmp_p
     for name, more in (("osp", ["--osp"]), ("tuned", ["--lr", "0.01"]), ("slow", ["--lr", "0.0001"])):
         train.main([*argv, *more, "--out", str(tmp_path / name)])
     mine = json.loads((tmp_path / "osp/config.json").read_text())
-    assert find_sibling(mine, tmp_path / "osp")[0]["lr"] == 0.01
+    data = json.loads((tmp_path / "osp/summary.json").read_text())["data"]
+    assert find_sibling(mine, data, tmp_path / "osp")[0]["lr"] == 0.01
     (tmp_path / "tuned/summary.json").unlink()
-    assert find_sibling(mine, tmp_path / "osp")[0]["lr"] == 0.0001
+    assert find_sibling(mine, data, tmp_path / "osp")[0]["lr"] == 0.0001
 
 
 def test_only_a_finished_whole_run_of_the_same_text_and_length_is_a_sibling(
@@ -59,15 +63,41 @@ def test_only_a_finished_whole_run_of_the_same_text_and_length_is_a_sibling(
     adam = tmp_path / "adam"
     train.main([*argv, "--micro-batch-size", "4", "--out", str(adam)])  # which changes no result
     mine = json.loads((tmp_path / "osp/config.json").read_text())
-    theirs, summary = find_sibling(mine, tmp_path / "osp")
+    data = json.loads((tmp_path / "osp/summary.json").read_text())["data"]
+    theirs, summary = find_sibling(mine, data, tmp_path / "osp")
     assert theirs["optimizer"] == "adam" and summary["step"] == 3
-    assert find_sibling(dict(mine, seed=1), tmp_path / "osp") is None
-    assert find_sibling(dict(mine, batch_size=4), tmp_path / "osp") is None
+    assert find_sibling(dict(mine, seed=1), data, tmp_path / "osp") is None
+    assert find_sibling(dict(mine, batch_size=4), data, tmp_path / "osp") is None
+    assert find_sibling(mine, "other data", tmp_path / "osp") is None
+    assert find_sibling(dict(mine, data="elsewhere"), data, tmp_path / "osp")  # a path says nothing
     monkeypatch.chdir(tmp_path / "osp")
-    assert find_sibling(mine, Path(".")) is not None
+    assert find_sibling(mine, data, Path(".")) is not None
     for damaged in ('{"step": 3, "val_loss": 1' + 400 * "0" + "}", "{", "[]", '{"step": 3}', json.dumps(dict(summary, step=2))):
         (adam / "summary.json").write_text(damaged)
-        assert find_sibling(mine, tmp_path / "osp") is None
+        assert find_sibling(mine, data, tmp_path / "osp") is None
+
+
+def prepared(folder, text):
+    """The folder's dataset `d`, prepared (again) from this text."""
+    (folder / "t.txt").write_text(text)
+    shutil.rmtree(folder / "d", ignore_errors=True)
+    prepare(folder / "d", "bytes", folder / "t.txt")
+    return str(folder / "d")
+
+
+def test_runs_on_data_that_were_prepared_again_in_between_are_not_compared(small_run, tmp_path, capsys):
+    """The same folder, but another text: its name cannot tell."""
+    argv = [*small_run[:-1], prepared(tmp_path, "some words\n" * 900), "--steps", "2"]
+    train.main([*argv, "--out", str(tmp_path / "runs/adam")])
+    prepared(tmp_path, "other words\n" * 900)
+    train.main([*argv, "--osp", "--out", str(tmp_path / "runs/osp")])
+    assert "the one beside it" not in capsys.readouterr().out
+    train.main([*argv, "--out", str(tmp_path / "runs/adam-again")])
+    head, _, other = capsys.readouterr().out.splitlines()[-3:]
+    assert head.startswith("this run, and the one beside it") and other.startswith("OSP")
+
+    with pytest.raises(SystemExit, match="other data than this run was trained on"):
+        evaluate.main([str(tmp_path / "runs/adam"), str(tmp_path / "runs/osp"), "--device", "cpu"])
 
 
 def test_a_finished_run_has_its_summary_without_any_optional_package(small_run, tmp_path, monkeypatch):

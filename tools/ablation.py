@@ -31,7 +31,9 @@ from pathlib import Path
 import torch
 
 import train
-from nanoosp.files import write_text
+from data.dataset import Dataset, find_dataset
+from nanoosp.checkpoint import check_data
+from nanoosp.files import sha256_of, write_text
 from nanoosp.fast import compute_in
 from nanoosp.machine import pick_device
 from nanoosp.methods import slug
@@ -125,7 +127,10 @@ def plan(opt, base: Path) -> list[Row]:
             if (directory / "ckpt.pt").exists():
                 row_options = ["--resume", path, *typed(own)]
                 row = parse(train.Options, train.__doc__, row_options)
-                step = resume(row)["step"]
+                state = resume(row)
+                step = state["step"]
+                if find_dataset(row.data).is_dir():  # else it is Shakespeare, and will be
+                    check_data(state["data"], Dataset(find_dataset(row.data), "val", row.seq_len))
                 if step > row.steps:
                     fail(f"{directory} has {step} steps already: give --steps {step}, or another "
                          "--out")
@@ -242,13 +247,16 @@ def load_row(directory: Path, device: str):
 
 
 def measured(row: Row, device: str) -> dict:
-    """What eval.py measures of a finished row. It is kept beside the row and made only once."""
+    """What eval.py measures of a finished row. It is kept beside the row, with the hash of the
+    checkpoint that it is of, and made again for another."""
     path = row.directory / "eval.json"
-    if path.exists() and path.stat().st_mtime > (row.directory / "ckpt.pt").stat().st_mtime:
+    of = sha256_of(row.directory / "ckpt.pt")
+    if path.exists():
         with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged or an older version's
             result = json.loads(path.read_text(encoding="utf-8"))
             ablation_table([result])
-            return result
+            if result["of"] == of:
+                return result
     loaded = load_row(row.directory, device)
     dataset = loaded.dataset()
     result = measure(loaded, dataset, as_published=True)
@@ -256,5 +264,5 @@ def measured(row: Row, device: str) -> dict:
     recipes = [Recipe("4-4-4", method) for method in ("rtn", "had")]
     adds = partial(measure_added, dataset=dataset, exact_loss=result["val_loss"])
     result["quantized"] = measure_quantized(loaded, dict.fromkeys(recipes), adds)
-    write_text(path, json.dumps(dict(result, path=str(row.directory))) + "\n")
+    write_text(path, json.dumps(dict(result, of=of)) + "\n")
     return json.loads(path.read_text(encoding="utf-8"))

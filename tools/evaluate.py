@@ -141,8 +141,8 @@ from eval import (Watch, attention_sinks, gaussian_floor, headline, kurtosis_as_
 from nanoosp.batches import windows_at_once
 from nanoosp.machine import peak_memory_gib, pick_device
 from quantize import format_of, linears, quantize
-from tools.loading import Loaded, load
-from tools.report import compare, describe, describe_tasks, in_short
+from tools.loading import Loaded, load, names_of
+from tools.report import check_same_data, compare, describe, describe_tasks, in_short
 from tools.tasks import read_tasks, score_tasks
 from tools.writing import write
 
@@ -161,9 +161,13 @@ def measure_all(opt, recipes: list[Recipe]) -> list[dict]:
         opt.plot.mkdir(parents=True, exist_ok=True)
     tasks = read_tasks(opt.tasks) if opt.tasks else []
     rows, pictures = [], []
+    shown = names_of(opt.targets)
     for path in opt.targets:
         loaded = load_target(path, opt)
+        loaded.shown = shown[path]
         dataset = dataset_of(loaded, opt)
+        if opt.plot:
+            check_same_data([*rows, dict(target=loaded.name, data=dataset.fingerprint)])
         rows.append(measure_target(loaded, dataset, tasks, recipes, opt))
         if opt.plot:
             pictures.append(plot.Picture.of(loaded, rows[-1], dataset))
@@ -218,7 +222,8 @@ def measure(loaded: Loaded, dataset, batch_size=None, as_published=False) -> dic
     if as_published:
         result |= kurtosis_as_published(model, dataset)
     sinks = attention_sinks(model, dataset)
-    return dict(target=loaded.name, label=loaded.label, **result, sinks=sinks)
+    return dict(target=loaded.name, label=loaded.label, data=dataset.fingerprint, **result,
+                sinks=sinks)
 
 
 def measure_everywhere(model, dataset, batch_size=None) -> dict:

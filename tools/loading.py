@@ -20,6 +20,16 @@ from tools.huggingface import ends_of, is_llama, load_llama, own_length
 from tools.packed import packed_model
 
 
+def short_name(path: Path) -> str:
+    return path.resolve().name if path.is_dir() else path.stem
+
+
+def names_of(paths: list[Path]) -> dict[Path, str]:
+    """What to call each of several targets: as short as tells them apart."""
+    short = [short_name(path) for path in paths]
+    return {path: name if short.count(name) == 1 else str(path) for path, name in zip(paths, short)}
+
+
 @dataclass
 class Loaded:
     path: Path
@@ -27,10 +37,11 @@ class Loaded:
     options: dict  # how it was trained
     data: dict  # meta.json of the dataset it was trained on
     step: int | None  # of the checkpoint; None for other files
+    shown: str = ""  # what it is called in tables; without it, as short_name() says
 
     @property
     def name(self) -> str:
-        return self.path.resolve().name if self.path.is_dir() else self.path.stem
+        return self.shown or short_name(self.path)
 
     @property
     def recipe(self) -> Recipe | None:
@@ -91,7 +102,8 @@ class Loaded:
         n_bytes = sum(map(document_bytes, documents)) - (not separated)  # then it has no end
         try:
             parts = [encode(self.encoding, document) for document in documents]
-            return TextBlocks(np.concatenate([np.empty(0, np.int64), *parts]), block, n_bytes)
+            ids = np.concatenate([np.empty(0, np.int64), *parts])
+            return TextBlocks(ids, block, n_bytes, "\0".join(documents))
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
 

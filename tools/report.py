@@ -114,9 +114,26 @@ def describe_tasks(name: str, row: dict) -> str:
 # All targets
 
 
+def check_same_data(rows: list[dict]):
+    """Raise ValueError unless all rows were measured on the same data; older ones may not say."""
+    measured_on = {}
+    for row in rows:
+        measured_on.setdefault(row.get("data"), row.get("target"))
+    measured_on.pop(None, None)
+    if len(measured_on) > 1:
+        names = " and ".join(map(str, measured_on.values()))
+        raise ValueError(f"{names} were measured on different data, so their numbers do not belong "
+                         "into one table or figure; --text FILE measures all on one text")
+
+
 def compare(rows: list[dict]) -> str:
-    """The tables that compare all targets."""
+    """The tables that compare all targets. Where they were measured on different data, a line that
+    says so."""
     tables = []
+    try:
+        check_same_data(rows)
+    except ValueError as error:
+        return f"not compared: {error}\n"
     if "val_loss" in rows[0]:
         tables += [comparison(rows)] if len(rows) > 1 else []
         tables += [quantized_table(rows)] if any("quantized" in row for row in rows) else []
@@ -221,6 +238,7 @@ def with_rate(result: dict) -> str:
 
 def ablation_table(results: list[dict]) -> str:
     """Markdown, one line a configuration: the mean over seeds, and their standard deviation."""
+    check_same_data(results)
     groups = {}
     for result in results:
         groups.setdefault(with_rate(result), []).append(result)
