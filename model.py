@@ -275,6 +275,8 @@ class Transformer(nn.Module):
     @classmethod
     def from_weights(cls, config: Config, weights: dict) -> "Transformer":
         """A model that takes over these tensors. Raises RuntimeError if they do not fit."""
+        if config.n_layer > len(weights):  # a damaged config could take hours to build
+            raise RuntimeError(f"{config.n_layer} layers of {len(weights)} tensors")
         with torch.device("meta"):  # a skeleton without memory
             model = cls(config)
         model.load_state_dict(weights, assign=True)

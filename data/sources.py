@@ -212,7 +212,7 @@ def documents(name: str, offset: int, block, key: str) -> list[str]:
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise ValueError(f"line {number}: no JSON object with the key {key!r} "
                                  f"({error})") from error
-            if not isinstance(text, str):
+            if not isinstance(text, str | None):  # null is no document, as in parquet
                 raise ValueError(f"line {number}: {key!r} is {type(text).__name__}, not text")
             texts += [text] if text and not text.isspace() else []
     return texts
@@ -278,8 +278,8 @@ class Source:
         self.state = {"name": name, "position": [0, 0, 0], "documents": 0, "tokens": 0}
 
     def fingerprint(self) -> str:
-        """Of what its files hold: date and length may be those of another file. Revisions of the hub
-        are hashes already. What cannot be read is told in its turn."""
+        """Of what its files hold, for another file may have the same date and length. A revision of
+        the hub is a hash already. What cannot be read is told in its turn."""
         def content(file):
             sha256 = hashlib.sha256(file.revision.encode())
             with contextlib.suppress(OSError, TypeError), open(file.path, "rb") as stream:

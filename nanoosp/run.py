@@ -1,6 +1,7 @@
 """A run and its directory: config.json (the options), log.jsonl (a JSON object a line), ckpt.pt, and when it is done
 summary.json. Run also does what every training loop does besides: a progress bar, checkpoints, a stop at a signal."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -74,12 +75,10 @@ class Run:
         last = b"\n"  # line that is kept
         for line in self.log_file:
             end += len(line)
-            try:
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a line torn by a crash
                 if json.loads(line)["step"] <= self.start and self.start > 0:
                     valid_end = end
                     last = line
-            except (ValueError, TypeError, KeyError):  # a line torn by a crash
-                pass
         self.log_file.truncate(valid_end)
         self.log_file.write(b"" if last.endswith(b"\n") else b"\n")  # torn there: the next needs a line of its own
         write_text(self.path / "config.json", json.dumps(remembered(self.opt), indent=2) + "\n")

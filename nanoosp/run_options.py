@@ -74,14 +74,14 @@ def check_before_torch(opt, defaults):
     With --resume the others are in a checkpoint, which takes torch to read, so resolve() looks at them."""
     expand(opt)
     for device in [opt.device] if opt.device else ["cpu", "cuda"]:
+        problems = []
         trial = copy.deepcopy(opt)
         trial.device = device
         defaults(trial)
-        fit_to_machine(trial)
-        problem = next(problems(trial, 0), None)
-        if opt.resume or not problem:
+        settle(trial, None, problems.append)
+        if opt.resume or not problems:
             return
-    fail(problem)
+    fail(problems[0])
 
 
 def expand(opt):
@@ -122,17 +122,9 @@ def resume(opt) -> dict | None:
     return state
 
 
-def settle(opt, state):
-    """Give the options that depend on the machine their values. Ends the program if options do not go together. `state`:
-    the checkpoint of --resume, or None."""
-    fit_to_machine(opt)
-    check_ranges(opt)
-    for problem in problems(opt, state["step"] if state else 0):
-        fail(problem)
-
-
-def fit_to_machine(opt):
-    """Fill in how a step is divided and computed on opt.device."""
+def settle(opt, state, tell=fail):
+    """Give the options that depend on the machine their values: how a step is divided and computed here. `tell` gets a
+    line for each reason why options do not go together. `state`: the checkpoint of --resume, or None."""
     on_cuda = opt.device == "cuda"
     fill(opt, eval_every=max(1, opt.steps // 10), save_every=max(1, opt.steps // 4))
     fill(opt, micro_batch_size=opt.batch_size, dtype="bfloat16" if on_cuda else "float32", recompute=False)
@@ -143,6 +135,7 @@ def fit_to_machine(opt):
     fill(opt, compile=on_cuda and not opt.cuda_graph)
     if opt.data is not None and Path(opt.data).exists():
         opt.data = str(Path(opt.data).resolve())  # so that --resume finds it from anywhere
+    check_options(opt, state["step"] if state else 0, tell)
 
 
 def n_ranks() -> int:
@@ -156,36 +149,37 @@ def can_record(opt) -> bool:
     return alone and opt.micro_batch_size == opt.batch_size and not opt.recompute
 
 
-def problems(opt, step: int):
-    """Yield a line for each reason why these options do not go together. `step`: that of --resume."""
+def check_options(opt, step: int, tell):
+    """See settle(). `step`: that of --resume."""
+    check_ranges(opt)
     if opt.osp and not OSP.items() <= vars(opt).items():
         name = next(name for name in OSP if getattr(opt, name) != OSP[name])
-        yield f"--osp means {OSP}: leave it out to use {name} {getattr(opt, name)}"
+        tell(f"--osp means {OSP}: leave it out to use {name} {getattr(opt, name)}")
     if opt.n_embd % (2 * opt.n_head):
-        yield f"--n-embd {opt.n_embd} is not divisible by twice --n-head {opt.n_head}; RoPE rotates pairs of channels"
+        tell(f"--n-embd {opt.n_embd} is not divisible by twice --n-head {opt.n_head}; RoPE rotates pairs of channels")
     if opt.warmup + opt.cooldown > opt.steps:
-        yield f"--warmup {opt.warmup} and --cooldown {opt.cooldown} do not fit into --steps {opt.steps}"
+        tell(f"--warmup {opt.warmup} and --cooldown {opt.cooldown} do not fit into --steps {opt.steps}")
     if opt.batch_size % n_ranks():
-        yield f"--batch-size {opt.batch_size} is not divisible by {n_ranks()} ranks"
+        tell(f"--batch-size {opt.batch_size} is not divisible by {n_ranks()} ranks")
     rows = opt.batch_size // n_ranks()
     if rows % opt.micro_batch_size:
-        yield (f"--batch-size {opt.batch_size} over {n_ranks()} rank(s) is {rows} sequences each, not divisible by "
-               f"--micro-batch-size {opt.micro_batch_size}")
+        tell(f"--batch-size {opt.batch_size} over {n_ranks()} rank(s) is {rows} sequences each, not divisible by "
+             f"--micro-batch-size {opt.micro_batch_size}")
     if opt.dtype == "float8" and opt.micro_batch_size * opt.seq_len % 16:
-        yield ("--dtype float8 needs micro-batches of a multiple of 16 tokens, not "
-               f"{opt.micro_batch_size} x {opt.seq_len}")
+        tell("--dtype float8 needs micro-batches of a multiple of 16 tokens, not "
+             f"{opt.micro_batch_size} x {opt.seq_len}")
     if opt.dtype == "float8" and opt.n_embd % 16:  # n_ffn is a multiple of 128
-        yield f"--dtype float8 multiplies matrices of multiples of 16, not of --n-embd {opt.n_embd}"
+        tell(f"--dtype float8 multiplies matrices of multiples of 16, not of --n-embd {opt.n_embd}")
     if opt.cuda_graph and not can_record(opt):
-        yield "--cuda-graph is for one GPU without torchrun; leave out --recompute and --micro-batch-size"
+        tell("--cuda-graph is for one GPU without torchrun; leave out --recompute and --micro-batch-size")
     if opt.data == "random" and not opt.bench:
-        yield "--data random teaches nothing: it is for --bench"
+        tell("--data random teaches nothing: it is for --bench")
     if (opt.full or opt.gpus or opt.seeds is not None) and not opt.ablation:
-        yield "--full, --gpus and --seeds are for --ablation"
+        tell("--full, --gpus and --seeds are for --ablation")
     if opt.data is None and not opt.dry_run:
-        yield f"--preset {opt.preset} is for real text: name a dataset with --data (see data/prepare.py --help)"
+        tell(f"--preset {opt.preset} is for real text: name a dataset with --data (see data/prepare.py --help)")
     if opt.resume and step >= opt.steps:
-        yield f"{opt.resume} has done all its {step} steps; to train on, give a larger --steps"
+        tell(f"{opt.resume} has done all its {step} steps; to train on, give a larger --steps")
 
 
 def in_words(opt) -> str:

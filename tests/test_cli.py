@@ -84,6 +84,7 @@ SLOW = ["results/ffn_hidden/trace.py"]  # its options are train.py's and more, s
     ("train.py --resume x --out y", "leave out --out"),
     ("train.py --bench --preset small --n-head 5", "--n-head 5"),
     ("eval.py x --bits none --methods rtn", "--methods is for quantizing"),
+    ("eval.py x --prompt a --compile --device cpu", "--compile is for CUDA"),
     ("quantize.py x --out y --method rtn --steps 5", "--steps does nothing for --method rtn"),
 ])
 def test_options_that_do_not_go_together_are_found_before_torch_is_imported(command, words,

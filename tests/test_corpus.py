@@ -116,7 +116,7 @@ def test_all_kinds_of_files_give_the_same_documents(tmp_path):
     lines = "".join(json.dumps({"text": t, "n": 1}) + "\n" for t in texts)
     write_text(tmp_path / "a.txt", texts)
     write_parquet(tmp_path / "a.parquet", texts)
-    (tmp_path / "a.jsonl").write_text(lines.replace("\n", "\n\n", 1))  # an empty line does no harm
+    (tmp_path / "a.jsonl").write_text(lines.replace("\n", '\n\n{"text": null}\n', 1))  # no documents
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         file.write(lines)
     write_parquet(tmp_path / "a.PARQUET", texts)

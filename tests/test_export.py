@@ -214,7 +214,11 @@ def test_a_quantized_file_from_elsewhere_is_refused(four_bit_file, run_dir, tmp_
         (dict(version=3) | otherwise(format="mxfp4", scales={
             name: (torch.zeros(len(scale), 3, dtype=torch.uint8), torch.ones(()))
             for name, scale in scales.items()}), "has 3 scales a row"),
+        (dict(version=3) | otherwise(format="mxfp4", scales={
+            name: (torch.full((len(scale), 1), 127.5), torch.ones(()))
+            for name, scale in scales.items()}), "a scale is no byte"),
         (dict(config=wider), "does not fit"),
+        (dict(config=dict(state["config"], n_layer=10**8)), "100000000 layers"),  # at once
         (dict(weights={}), "fit"),
         (dict(config=dict(n_moons=3)), "n_moons"),
         (dict(codes=[]), "not a quantized"),

@@ -68,10 +68,8 @@ class Options(RecipeOptions):
 @command
 def main(argv=None):
     opt = parse(Options, evaluation.__doc__, argv)
-    recipes = check(opt)
     opt.device = pick_device(opt.device)
-    if opt.compile and opt.device != "cuda":
-        fail("--compile is for CUDA; elsewhere text is written the simple way")
+    recipes = check(opt)
     opt.dtype = opt.dtype or ("bfloat16" if opt.device == "cuda" else "float32")
     for path in opt.targets:
         if not path.exists():
@@ -95,6 +93,8 @@ def check(opt) -> list[Recipe]:
             fail(f"--prompt writes instead of measuring: leave out {flag(name)}")
     if opt.compile and opt.prompt is None:
         fail("--compile is for --prompt; measuring runs as it is")
+    if opt.compile and opt.device not in (None, "cuda"):
+        fail("--compile is for CUDA; elsewhere text is written the simple way")
     if opt.seq_len and not (opt.text or opt.tasks or opt.prompt is not None):
         fail("--seq-len goes with --text, --tasks or --prompt; a run's own validation text is cut "
              "as in its training")

@@ -191,8 +191,10 @@ def load_weights(config: Config, directory: Path, dtype=None) -> Transformer:
         except Exception as error:  # safetensors has its own kind
             raise ValueError(f"{path} is missing or damaged: {error}") from error
     try:
-        with torch.device("meta"):
-            needed = Transformer(config).state_dict()
+        needed = {}
+        if indexed and config.n_layer <= len(weights):
+            with torch.device("meta"):
+                needed = Transformer(config).state_dict()
         weights = {our_names(name): W for name, W in weights.items()
                    if (not indexed or name in indexed or our_names(name) in needed)
                    and not name.endswith("rotary_emb.inv_freq")}  # computed here
@@ -265,12 +267,11 @@ def save_llama(model, directory, options: dict, data: dict, evaluation=None, sha
 
 
 def check_weights(weights: dict, path):
-    """Raise ArithmeticError if a tensor of `weights`, which are to be written to `path`, holds inf or
-    nan."""
+    """Raise ArithmeticError if a tensor holds inf or nan. `path`: where they are to be written."""
     for name, W in weights.items():
         if not W.isfinite().all():
-            raise ArithmeticError(f"{name} holds numbers that are not finite: {path} would be of no "
-                                  "use, and is not written")
+            raise ArithmeticError(f"{name} holds numbers that are not finite: {path} would be of "
+                                  "no use, and is not written")
 
 
 def their_model(model: Transformer, options: dict, end: list[int], first: list[int]):

@@ -116,6 +116,8 @@ def _unpacked_model(state: dict) -> Transformer:
     format = quantization.get("format", "int")
     recipe = Recipe(quantization["bits"], quantization["method"], format, symmetric=symmetric)
     if blocks := BLOCK_FORMATS.get(format):
+        if any(byte.dtype != torch.uint8 for byte, _ in scales.values()):
+            raise ValueError("a scale is no byte")
         scales = {name: blocks.read(byte, tensor) for name, (byte, tensor) in scales.items()}
     if recipe.w != 4 or quantization["ffn_hadamard"] is not recipe.does("had"):
         raise ValueError("what was done to it contradicts itself")
