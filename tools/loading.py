@@ -26,8 +26,9 @@ def short_name(path: Path) -> str:
 
 def names_of(paths: list[Path]) -> dict[Path, str]:
     """What to call each of several targets: as short as tells them apart."""
-    short = [short_name(path) for path in paths]
-    return {path: name if short.count(name) == 1 else str(path) for path, name in zip(paths, short)}
+    names = {path: short_name(path) for path in paths}
+    short = [*names.values()]
+    return {path: name if short.count(name) == 1 else str(path) for path, name in names.items()}
 
 
 @dataclass
