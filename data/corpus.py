@@ -8,8 +8,9 @@ text that fits in memory there is prepare.py.
 It reads .parquet and .jsonl, with a document a row, and .txt, .md and .py, where lines that read
 <|endoftext|> separate documents; --endings .c .h reads text files with these endings instead. All
 but parquet may be compressed, as .gz or .xz. A text of more than 1 MiB without such lines is cut,
-at a line break if there is one. Other files of a folder are left out and counted at the start; one
-that cannot be read is left out from the error on, and counted at the end.
+at a line break if there is one. Links to folders are followed. Other files of a folder, and all
+that is hidden, as .git is, are left out and counted at the start; a file that cannot be read is
+left out from the error on, and counted at the end.
 
 Of each source, the first of every --val-every documents becomes validation text, until there are
 --val-tokens of it. A mixture takes its next document from the source that is furthest behind its

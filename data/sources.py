@@ -73,15 +73,43 @@ def describe_left_out(names) -> str:
     return f"{len(names):,} file{'s' * (len(names) != 1)}: {', '.join(listed)}"
 
 
+def files_in(root: Path) -> tuple[list[Path], list[str], list[str]]:
+    """(the files of a folder and its subfolders, by name; the folders that are links; what is
+    hidden, as .git and .venv are). Links are followed, but no folder is read twice: so a link to a
+    folder above makes no circle. What is hidden is not read."""
+    files, links, hidden, seen = [], [], [], set()
+
+    def enter(folder: Path):
+        if (real := folder.resolve()) in seen:
+            return
+        seen.add(real)
+        for path in sorted(folder.iterdir()):
+            if path.name.startswith("."):
+                hidden.append(path.relative_to(root).as_posix())
+            elif path.is_dir():
+                if path.is_symlink():
+                    links.append(path.relative_to(root).as_posix())
+                enter(path)
+            elif path.is_file():
+                files.append(path)
+
+    enter(root)
+    return sorted(files, key=lambda path: path.parts), links, hidden
+
+
+def some(names: list[str]) -> str:
+    """"3: a, b, c", and of many the first few."""
+    return f"{len(names):,}: {', '.join(names[:5])}" + ", ..." * (len(names) > 5)
+
+
 def local_files(name: str, endings=ENDINGS) -> tuple[list[File], list[str]]:
-    """(the file of this name or, by name, the files of this folder and its subfolders; the names of
-    those that have none of the endings). Raises ValueError if there is nothing to read."""
+    """(the file of this name or, by name, the files of this folder and its subfolders; lines on what
+    was left out, and which links were followed). Raises ValueError if there is nothing to read."""
     root = Path(name)
     is_folder = root.is_dir()
     if not root.exists():
         raise FileNotFoundError(f"{name}: no such file or folder")
-    paths = sorted(root.rglob("*"), key=lambda path: path.parts) if is_folder else [root]
-    paths = [path for path in paths if path.is_file()]
+    paths, links, hidden = files_in(root) if is_folder else ([root], [], [])
     names = [path.relative_to(root).as_posix() if is_folder else path.name for path in paths]
     files = [File(name, path.stat().st_size, path, found=is_folder)
              for name, path in zip(names, paths) if has_ending(name, endings)]
@@ -90,7 +118,11 @@ def local_files(name: str, endings=ENDINGS) -> tuple[list[File], list[str]]:
         what = f"holds {found}; none ends in" if is_folder else "ends in none of"
         raise ValueError(f"{name} {what} {' '.join(endings)} (--endings reads others as text; .gz "
                          "or .xz may follow)")
-    return files, [name for name in names if not has_ending(name, endings)]
+    others = [name for name in names if not has_ending(name, endings)]
+    notes = [f"left out {describe_left_out(others)}"] if others else []
+    notes += [f"left out what is hidden, {some(hidden)}"] if hidden else []
+    notes += [f"followed links to folders, {some(links)}"] if links else []
+    return files, notes
 
 
 def with_retries(function, target: str):
@@ -110,7 +142,7 @@ def with_retries(function, target: str):
 
 
 def hub_files(name: str, revision: str | None) -> tuple[list[File], list[str]]:
-    """(the files of NAME or NAME:FOLDER on the hub, the names of those that are not read).
+    """(the files of NAME or NAME:FOLDER on the hub, a line on those that are not read, if any).
     revision: None means the newest one. Raises ValueError if there is nothing to read."""
     hub = require("huggingface_hub", "--hub")
     repo, _, folder = name.partition(":")
@@ -125,7 +157,7 @@ def hub_files(name: str, revision: str | None) -> tuple[list[File], list[str]]:
         raise ValueError(f"{name}: no parquet or jsonl files there; folders of {repo} with such "
                          f"files: {folders[:20]}")
     others = [n for n, _ in listed if n.startswith(start) and not has_ending(n, TABLES)]
-    return files, others
+    return files, [f"left out {describe_left_out(others)}"] if others else []
 
 
 def download(repo: str, name: str, revision: str, folder: Path | None = None) -> Path:
@@ -389,10 +421,10 @@ def open_sources(specs, key: str, revisions: dict, endings=ENDINGS) -> list[Sour
     put together from all. `revisions` pins datasets of the hub; those that it lacks are added."""
     sources = []
     for name, weight, on_hub in specs:
-        files, others = (hub_files(name, revisions.get(name)) if on_hub
-                         else local_files(name, endings))
-        if others:
-            print(f"{name}: left out {describe_left_out(others)}", file=sys.stderr)
+        files, notes = (hub_files(name, revisions.get(name)) if on_hub
+                        else local_files(name, endings))
+        for note in notes:
+            print(f"{name}: {note}", file=sys.stderr)
         if on_hub:
             revisions[name] = files[0].revision
         sources.append(Source(name, weight or 1.0, files, key))

@@ -504,6 +504,24 @@ def test_a_full_disk_is_named(mixture, tmp_path, monkeypatch, fails):
 # What is left out, and said so
 
 
+def test_links_to_folders_are_followed_once_and_hidden_ones_left_out_and_both_are_named(tmp_path, capfd):
+    """A link to the folder above makes no circle, and one to a folder beside reads nothing twice."""
+    texts = {name: made_up(8, word) for name, word in (
+        ("in/a.txt", "a"), ("elsewhere/deep/b.txt", "b"), ("in/.git/c.txt", "c"),
+        ("in/sub/.venv/lib/d.txt", "d"), ("in/sub/e.txt", "e"))}
+    for name, documents in texts.items():
+        write_text(tmp_path / name, documents)
+    (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in/sub/up").symlink_to(tmp_path / "in")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "in/sub")
+    run("--text", tmp_path / "in", "--out", tmp_path / "out", "--val-every", 4)
+    lines = capfd.readouterr().err.splitlines()
+    assert f"{tmp_path}/in: left out what is hidden, 2: .git, " in lines[0] and ".venv" in lines[0]
+    assert f"{tmp_path}/in: followed links to folders, 3: link, link/back, link/back/up" == lines[1]
+    documents = read(tmp_path / "out", "train") + read(tmp_path / "out", "val")
+    assert sorted(documents) == sorted([*texts["in/a.txt"], *texts["elsewhere/deep/b.txt"], *texts["in/sub/e.txt"]])
+
+
 def test_files_of_other_kinds_are_counted_and_can_be_asked_for(tmp_path, capfd, fails):
     texts = {name: made_up(30, word) for name, word in (("a.txt", "t"), ("b.c", "c"), ("b.h", "h"))}
     for name, documents in texts.items():
