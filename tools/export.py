@@ -37,6 +37,8 @@ def main(argv=None):
     recipe = check(opt)
     device = pick_device(opt.device)
     loaded = load(opt.target, device)
+    if loaded.recipe:
+        raise ValueError(f"{opt.target} is quantized already: name the model that it was made from")
     if opt.hf and not opt.bits:
         export_llama(loaded, opt.hf)
     else:
@@ -117,8 +119,6 @@ def evaluation_of(loaded: Loaded) -> dict | None:
 
 
 def export_llama(loaded: Loaded, directory: Path):
-    if loaded.recipe:
-        raise ValueError(f"{loaded.path} is quantized already: --hf takes the model it was made from")
     save_llama(loaded.model, directory, loaded.options, loaded.data, evaluation_of(loaded))
     print(f"{directory}: a plain LLaMA, for AutoModelForCausalLM and AutoTokenizer.from_pretrained")
 

@@ -173,9 +173,10 @@ def unpack_tensors(weights: dict, recipe: Recipe) -> dict:
             else:
                 bits = unpack(packed) + 8
                 codes = from_integer(torch.where(bits < 8, bits, 8 - bits), recipe.format)
-                of_tensor = stored["weight_global_scale"]
-                of_tensor = 1 if of_tensor is None else 1 / of_tensor
-                scales[name] = BLOCK_FORMATS[recipe.format].read(scale.view(torch.uint8), of_tensor)
+                if recipe.format == "nvfp4":
+                    scales[name] = scale.float() / stored["weight_global_scale"]
+                else:
+                    scales[name] = BLOCK_FORMATS["mxfp4"].read(scale, None)
                 dtype = torch.bfloat16
             weights[f"{name}.weight"] = (per_column(scales[name], codes.shape[1]) * codes).to(dtype)
         except (AttributeError, TypeError, IndexError, RuntimeError, ZeroDivisionError) as error:
