@@ -46,7 +46,7 @@ from tqdm import tqdm
 from model import Transformer
 from nanoosp.formats import BLOCK_FORMATS
 from nanoosp.hadamard import hadamard_transform
-from nanoosp.halves import halves
+from nanoosp.halves import halves, stacks
 from nanoosp.recipe import Recipe
 from nanoosp.recorded import Recorded
 from nanoosp.rotations import full_precision, learn_rotations, random_rotations, rotated_weights
@@ -83,6 +83,7 @@ class Int:
     clip: bool = True  # search for the scale of weights
     group: int = 0  # weights of a row that share a scale; 0: all of them
     symmetric: bool = False  # round activations from -max to max
+    in_dtype: bool = False  # scales of weights are numbers of the weights' dtype
 
     def scale(self, W):
         """Scales [out, groups] for a weight [out, in]: one a row, or one for each group of columns.
@@ -103,7 +104,7 @@ class Int:
             error = (s * self.code(rows / s) - rows).abs().pow(2.4).sum(dim=-1, keepdim=True)
             scale = torch.where(error < least, s, scale)
             least = torch.minimum(error, least)
-        return scale.squeeze(-1)
+        return (scale.to(W.dtype).float() if self.in_dtype else scale).squeeze(-1)
 
     def code(self, x):
         """Weights x, in units of their scale, as integers -2^(b-1) ... 2^(b-1) - 1."""
@@ -125,7 +126,7 @@ class Int:
 def format_of(recipe: Recipe, bits: int):
     """The numbers that a recipe has for weights (`bits` is recipe.w) or activations (recipe.a)."""
     blocks = BLOCK_FORMATS.get(recipe.format)
-    return blocks or Int(bits, recipe.clip, recipe.group, recipe.symmetric)
+    return blocks or Int(bits, recipe.clip, recipe.group, recipe.symmetric, recipe.portable)
 
 
 def per_column(scale, n: int):
@@ -236,17 +237,20 @@ def gptq(W, H, scale, format, block: int = 128):
     return codes
 
 
-def gptq_together(weights: dict, H, format) -> dict:
-    """GPTQ of weights [out, in] that read the same inputs, stacked into one matrix: rows do not
-    depend on each other. Changes the weights; returns their scales. Both are dicts by name."""
+def round_together(weights: dict, format, H=None) -> dict:
+    """Round weights [out, in] that read the same inputs, stacked into one matrix: to the nearest,
+    or with H by GPTQ. Rows do not depend on each other, but NVFP4 has one scale of the tensor for
+    all: programs that run the model stack them too. Changes the weights; returns their scales. Both
+    are dicts by name."""
     W = torch.cat([*weights.values()])
-    scale = torch.cat([format.scale(weight) for weight in weights.values()])
+    scale = format.scale(W)
+    s = per_column(scale, W.shape[1])
     try:
-        rounded = per_column(scale, W.shape[1]) * gptq(W, H, scale, format)
+        codes = format.code(W.float() / s) if H is None else gptq(W, H, scale, format)
     except ArithmeticError as error:
         raise ArithmeticError(f"GPTQ of {', '.join(weights)}: {error}") from error
     rows = [len(weight) for weight in weights.values()]
-    for weight, new in zip(weights.values(), rounded.split(rows)):
+    for weight, new in zip(weights.values(), (s * codes).split(rows)):
         weight.copy_(new)
     return dict(zip(weights, scale.split(rows)))
 
@@ -261,22 +265,18 @@ def gptq_weights(model, tokens, recipe: Recipe) -> dict:
     for half in halves(model, tokens):  # "blocks.0.attn", "blocks.0.ffn", "blocks.1.attn", ...
         for point, names in half.points.items():  # "at_input", ["q_proj", "k_proj", ...]
             H = inputs_hessian(half.run_to(point))
-            weights = {f"{half.name}.{name}": getattr(half.part, name).weight for name in names}
-            scales |= gptq_together(weights, H, format)
+            scales |= round_together(half.weights(point), format, H)
         half.add(names[-1])  # to the residual stream: the next half reads what the rounded one adds
     return scales
 
 
 @torch.no_grad()
 def round_weights(model, recipe: Recipe) -> dict:
-    """RTN: every linear on its own. Changes `model`; returns its scales by name."""
+    """RTN: every weight to its nearest code. Changes `model`; returns the scales by name."""
     format = format_of(recipe, recipe.w)
     scales = {}
-    for name, linear in tqdm(linears(model).items(), "round", leave=False, disable=None):
-        W = linear.weight
-        scales[name] = format.scale(W)
-        s = per_column(scales[name], W.shape[1])
-        W.copy_(s * format.code(W.float() / s))
+    for weights in tqdm(stacks(model), "round", leave=False, disable=None):
+        scales |= round_together(weights, format)
     return scales
 
 
@@ -287,19 +287,21 @@ def rotations(model, recipe: Recipe, calibration):
     R1, R2 = (R.to(device) for R in random_rotations(model.config, recipe.seed))
     if recipe.learns:
         rounded = Transformer.from_weights(model.config, model.state_dict())  # for its hooks
-        attach_ffn_hadamard(rounded)
+        if recipe.has_r4:
+            attach_ffn_hadamard(rounded)
         attach_rounding(rounded, recipe, straight_through=True)
-        R1, R2 = learn_rotations(rounded, R1, R2, calibration, recipe.steps, recipe.lr)
+        R1, R2 = learn_rotations(rounded, R1, R2, calibration, recipe)
     return R1, R2
 
 
 def bake_rotations(model, recipe: Recipe, calibration):
-    """Attach R4, and multiply it and the method's rotations into the weights of `model`."""
-    attach_ffn_hadamard(model)
+    """Multiply the method's rotations and R4, which is attached, into the weights of `model`."""
+    if recipe.has_r4:
+        attach_ffn_hadamard(model)
     if recipe.center_embed:
         model.embed.weight -= model.embed.weight.mean(dim=1, keepdim=True)
     R1, R2 = rotations(model, recipe, calibration) if recipe.does("quarot") else (None, None)
-    model.load_state_dict(rotated_weights(model.state_dict(), R1, R2), assign=True)
+    model.load_state_dict(rotated_weights(model.state_dict(), R1, R2, recipe.has_r4), assign=True)
 
 
 def quantize(model, recipe: Recipe, calibration=None) -> Transformer:

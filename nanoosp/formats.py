@@ -76,18 +76,19 @@ class Nvfp4(Blocks):
         tensor = largest.amax(dim=-1, keepdim=True) if per_token else largest.max()
         tensor = (tensor / (6 * E4M3_MAX)).clamp(min=1e-30)
         block = (largest / 6 / tensor).clamp(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)
-        return block.float() * tensor
+        return block.float() / (1 / tensor)  # as others do, whose files hold 1 / tensor
 
     def stored(self, scale):
         guess = scale.max() / E4M3_MAX  # the largest is 448 times the tensor's, up to rounding
-        for tensor in (guess, guess.nextafter(guess.new_zeros(())), guess.nextafter(2 * guess)):
+        for ulps in (0, 1, -1, 2, -2):
+            tensor = (guess.view(torch.int32) + ulps).view(torch.float32)
             block = (scale / tensor).to(torch.float8_e4m3fn)
-            if torch.equal(block.float() * tensor, scale):
+            if torch.equal(self.read(block.view(torch.uint8), tensor), scale):
                 return block.view(torch.uint8), tensor
         raise ValueError("these are not scales of NVFP4")
 
     def read(self, stored, tensor):
-        return stored.view(torch.float8_e4m3fn).float() * tensor
+        return stored.view(torch.float8_e4m3fn).float() / (1 / tensor)
 
 
 BLOCK_FORMATS = {"mxfp4": Mxfp4(), "nvfp4": Nvfp4()}

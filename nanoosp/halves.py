@@ -16,6 +16,16 @@ POINTS = {  # the linears that read each Point
 }
 
 
+def weights_at(name: str, part: nn.Module, linears: list[str]) -> dict:
+    return {f"{name}.{linear}": getattr(part, linear).weight for linear in linears}
+
+
+def stacks(model) -> list[dict]:
+    """The weights [out, in] of `model` by name, those together that read the same Point."""
+    return [weights_at(f"blocks.{i}.{half}", getattr(block, half), linears)
+            for i, block in enumerate(model.blocks) for half, points in POINTS.items() for linears in points.values()]
+
+
 def halves(model, tokens):
     """Yield all halves of `model` for `tokens` [N, T]. What they read comes from those before, as these are by then."""
     config = model.config
@@ -38,6 +48,9 @@ class Half:
         self.part = part
         self.tables = tables  # of RoPE
         self.inputs = []
+
+    def weights(self, point: str) -> dict:
+        return weights_at(self.name, self.part, self.points[point])
 
     def run_to(self, point: str) -> list:
         """What passes a Point: for each stream an X [n, T, in]. It is kept, in place of what passed the last one."""

@@ -22,6 +22,7 @@ class Recipe:
     seed: int = 0  # of the random rotations
     steps: int = 100  # of SpinQuant
     lr: float = 1.5  # of SpinQuant
+    portable: bool = False  # for other programs: without R4, and integers' scales in the weights' dtype
 
     def __post_init__(self):
         parts = str(self.bits).split("-")
@@ -62,6 +63,10 @@ class Recipe:
 
     def does(self, method: str) -> bool:  # a method includes those before it
         return METHODS.index(self.method) >= METHODS.index(method)
+
+    @property
+    def has_r4(self) -> bool:  # the Hadamard matrix on the FFN's hidden state
+        return self.does("had") and not self.portable
 
     @property
     def learns(self) -> bool:  # SpinQuant needs something other than weights to be rounded

@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from nanoosp.batches import windows_at_once
 from nanoosp.hadamard import hadamard, hadamard_transform
+from nanoosp.recipe import Recipe
 
-SPIN_BATCH, SPIN_STEPS, SPIN_LR = 8, 100, 1.5  # sequences a step, steps, first rate: SpinQuant's
+SPIN_BATCH = 8  # sequences a step of SpinQuant
 
 
 def rotated_weights(weights: dict, R1=None, R2=None, ffn_hadamard=True, dtype=torch.float64,
@@ -93,7 +94,7 @@ def loss_of(model, weights: dict, windows):
     return functional_call(model, weights, (windows[:, :-1], windows[:, 1:]))
 
 
-def rotation_gradients(model, weights: dict, R1, R2, windows):
+def rotation_gradients(model, weights: dict, R1, R2, windows, ffn_hadamard=True):
     """(loss, gradient of R1, gradient of R2) for rotated weights on windows [n, T + 1].
 
     The windows pass through the rounded `model` in parts, whose gradients add up at the rotated
@@ -102,7 +103,7 @@ def rotation_gradients(model, weights: dict, R1, R2, windows):
     """
     R1, R2 = R1.detach().requires_grad_(), R2.detach().requires_grad_()
     with torch.no_grad():
-        rotated = rotated_weights(weights, R1, R2, dtype=torch.float32)
+        rotated = rotated_weights(weights, R1, R2, ffn_hadamard, torch.float32)
     leaves = {name: W.requires_grad_() for name, W in rotated.items() if not name.endswith("gain")}
     total = 0.0
     for part in windows.split(windows_at_once(windows.shape[1] - 1)):
@@ -110,19 +111,22 @@ def rotation_gradients(model, weights: dict, R1, R2, windows):
         loss.backward()
         total += loss.item()
     for name, leaf in leaves.items():
-        rotated_again = rotated_weights(weights, R1, R2, dtype=torch.float32, names=[name])[name]
+        rotated_again = rotated_weights(weights, R1, R2, ffn_hadamard, torch.float32, [name])[name]
         rotated_again.backward(leaf.grad)
     return total, R1.grad, R2.grad
 
 
-def learn_rotations(model, R1, R2, windows, steps=SPIN_STEPS, lr=SPIN_LR):
+def learn_rotations(model, R1, R2, windows, recipe: Recipe):
     """The rotations (R1, R2), from those given, that keep the loss of `model` lowest, which rounds
-    activations, keys and values and already has R4. It is left in another compute_dtype.
+    activations, keys and values by `recipe` and already has its R4. It is left in another
+    compute_dtype.
 
     Of `windows` [n, T + 1] the first few only judge, every ten steps, and the best rotations so far
-    are returned: small models may well get worse in between. The learning rate falls from `lr` to 0
-    along a cosine. Raises ValueError if there are too few windows.
+    are returned: small models may well get worse in between. The learning rate falls from its `lr`
+    to 0 along a cosine. Raises ValueError if there are too few windows.
     """
+    steps = recipe.steps
+    ffn_hadamard = recipe.has_r4
     windows = windows.to(R1.device)
     held_out, windows = windows[:SPIN_BATCH], windows[SPIN_BATCH:]
     if not len(windows):
@@ -134,7 +138,7 @@ def learn_rotations(model, R1, R2, windows, steps=SPIN_STEPS, lr=SPIN_LR):
     for step in bar:
         if step % 10 == 0 or step == steps:
             with torch.no_grad():
-                rotated = rotated_weights(weights, R1, R2, dtype=torch.float32)
+                rotated = rotated_weights(weights, R1, R2, ffn_hadamard, torch.float32)
                 parts = held_out.split(windows_at_once(2 * held_out.shape[1]))
                 losses = [loss_of(model, rotated, part) * len(part) for part in parts]
                 loss = (sum(losses) / len(held_out)).item()
@@ -143,9 +147,9 @@ def learn_rotations(model, R1, R2, windows, steps=SPIN_STEPS, lr=SPIN_LR):
                 best, least = (R1, R2), loss
         if step < steps:
             batch = windows[torch.arange(step * SPIN_BATCH, (step + 1) * SPIN_BATCH) % len(windows)]
-            _, G1, G2 = rotation_gradients(model, weights, R1, R2, batch)
+            _, G1, G2 = rotation_gradients(model, weights, R1, R2, batch, ffn_hadamard)
             clip = (1 / torch.sqrt(G1.square().sum() + G2.square().sum())).clamp(max=1)  # norm <= 1
-            rate = lr * (1 + math.cos(math.pi * step / steps)) / 2
+            rate = recipe.lr * (1 + math.cos(math.pi * step / steps)) / 2
             R1, R2 = cayley_step(R1, clip * G1, rate), cayley_step(R2, clip * G2, rate)
     return best
 

@@ -157,7 +157,7 @@ def test_only_rotations_get_gradients_and_parts_of_a_batch_add_up(trained):
 def test_learned_rotations_stay_rotations_and_lower_the_loss_they_were_learned_on(trained):
     model, start, windows = learner(trained, "16-3-3")
     windows = torch.cat([windows[:8], windows[:8]])  # judged by what they are learned on
-    best = learn_rotations(model, *start, windows)
+    best = learn_rotations(model, *start, windows, Recipe(method="spinquant"))
     assert not torch.equal(best[0], start[0])
     for R in (best[0], *best[1]):
         assert (R @ R.T - torch.eye(len(R))).abs().max() < 1e-5

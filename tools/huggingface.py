@@ -1,7 +1,8 @@
 """Hugging Face LLaMA directories, in and out. A model trained with OSP is a plain LLaMA in the end.
 
     load_llama(directory)              any LLaMA as our Transformer, for eval.py and quantize.py
-    save_llama(model, directory, ...)  any model of ours, for transformers, vLLM and llama.cpp
+    save_llama(model, directory, ...)  any model of ours, for transformers, vLLM and llama.cpp; with
+                                       a portable Recipe its weights take four bits (four_bit.py)
 
 `python quantize.py TARGET --hf DIR` saves. Wherever a TARGET is asked for, such a DIR can be given.
 
@@ -14,6 +15,7 @@ their names. What our model cannot be is refused by name.
 import contextlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +24,8 @@ from data.dataset import TOKENIZER_JSON
 from data.tokenizer import JsonTokenizer, beginning, json_from_encoding, separator, tokenizer_of
 from model import Config, Transformer
 from nanoosp.files import as_json, read_log, read_text, require, whole, write_text
+from quantize import Recipe, attach_rounding
+from tools.four_bit import packed_tensors, quantization_config, recipe_of, unpack_tensors
 
 PURPOSE = "a Hugging Face directory"
 SEQ_LEN = 2048  # to measure on, where a model from elsewhere can read longer texts
@@ -56,7 +60,6 @@ PLAIN = {  # what a plain LLaMA's config.json may say of other things; None is "
     "mlp_bias": [None, False],
     "hidden_act": [None, "silu"],
     "pretraining_tp": [None, 1],
-    "quantization_config": [None],
 }
 PRECISIONS = {torch.float32, torch.bfloat16}
 PLAIN_ROPE = {"rope_type": ["default"], "type": ["default"], "partial_rotary_factor": [None, 1]}
@@ -89,8 +92,8 @@ def load_llama(directory, device="cpu"):
     FileNotFoundError and ValueError for a directory that cannot be used, and ImportError without
     transformers."""
     directory = Path(directory)
-    theirs, config = read_config(directory / "config.json")
-    model = load_weights(config, directory, theirs.dtype).to(device)
+    theirs, config, recipe = read_config(directory / "config.json")
+    model = load_weights(config, directory, theirs.dtype, recipe).to(device)
     if not (directory / TOKENIZER_JSON).is_file():
         raise FileNotFoundError(f"{directory} has no {TOKENIZER_JSON}, so its tokenizer is unknown")
     data = {"tokenizer": TOKENIZER_JSON, "tokenizer_json": read_text(directory / TOKENIZER_JSON)}
@@ -146,7 +149,8 @@ def read_object(path: Path) -> dict:
 
 
 def read_config(path: Path):
-    """(transformers' LlamaConfig, our Config) of a config.json. Raises ValueError."""
+    """(transformers' LlamaConfig, our Config, the Recipe of a model in four bits or None) of a
+    config.json. Raises ValueError."""
     LlamaConfig = require("transformers", PURPOSE).LlamaConfig
     try:
         content = json.loads(read_text(path))
@@ -163,14 +167,16 @@ def read_config(path: Path):
         if theirs.max_position_embeddings < 2:
             raise ValueError(f"max_position_embeddings is {theirs.max_position_embeddings}")
         shape = {ours: getattr(theirs, name) for ours, name in SHAPE.items()}
-        return theirs, Config(rope_theta=theta, **shape)
+        recipe = recipe_of(content.get("quantization_config"))
+        return theirs, Config(rope_theta=theta, **shape), recipe
     except Exception as error:  # LlamaConfig's own checks raise many kinds, some with many lines
         raise ValueError(f"{path} cannot be used: {' '.join(str(error).split())}") from error
 
 
-def load_weights(config: Config, directory: Path, dtype=None) -> Transformer:
+def load_weights(config: Config, directory: Path, dtype=None, recipe=None) -> Transformer:
     """A model of the tensors in `directory`, in their own precision, mapped into memory. If that is
-    fp32 for some and bf16 for others, all get `dtype`, or else the first one's.
+    fp32 for some and bf16 for others, all get `dtype`, or else the first one's. recipe: a Recipe, if
+    they are in four bits.
 
     Which files are read, and which of two tensors counts, LlamaForCausalLM.from_pretrained decides
     in the same way. It maps them too, but fills in tensors that are missing, without an error.
@@ -198,6 +204,7 @@ def load_weights(config: Config, directory: Path, dtype=None) -> Transformer:
         weights = {our_names(name): W for name, W in weights.items()
                    if (not indexed or name in indexed or our_names(name) in needed)
                    and not name.endswith("rotary_emb.inv_freq")}  # computed here
+        scales = unpack_tensors(weights, recipe) if recipe else {}
         dtypes = {W.dtype for W in weights.values()}
         if len(dtypes) > 1 and dtypes <= PRECISIONS:
             dtypes = {dtype or next(iter(weights.values())).dtype}
@@ -212,39 +219,52 @@ def load_weights(config: Config, directory: Path, dtype=None) -> Transformer:
             if not torch.equal(head, embed):
                 raise ValueError(f"{directory}: lm_head.weight is not the embedding, but "
                                  "config.json ties the two")
-        return Transformer.from_weights(config, weights)
+        model = Transformer.from_weights(config, weights)
     except RuntimeError as error:  # PyTorch names the tensors in the lines after the first
         problem = their_names(str(error).splitlines()[-1].strip())[:200]
         raise ValueError(f"{directory}: its safetensors do not hold what config.json describes: "
                          f"{problem}") from error
+    if recipe:
+        model.recipe = recipe
+        model.scales = scales
+        attach_rounding(model, recipe)
+    return model
 
 
 # Out
 
 
-def save_llama(model, directory, options: dict, data: dict, evaluation=None, shard_size="5GB"):
+def save_llama(model, directory, options: dict, data: dict, evaluation=None, shard_size="5GB",
+               input_scales=None):
     """Write a model as a Hugging Face directory, whole or not at all. OSP's parts are folded first.
-    A model that load_llama() has read gets back all CARRIED files.
+    A model that load_llama() has read gets back all CARRIED files. Of a model of quantize() with a
+    portable Recipe the codes are written; `input_scales` are those of four_bit.py.
 
     `options` and `data` are those of its checkpoint, `evaluation` is a record of its log. Raises
     FileExistsError if `directory` exists, OSError if it cannot be written, ArithmeticError for
-    weights that are not finite, ValueError for a quantized model or a tokenizer without
+    weights that are not finite, ValueError for another quantized model or a tokenizer without
     tokenizer.json, and ImportError without transformers.
     """
     directory = Path(directory)
     if directory.exists() or directory.is_symlink():
         raise FileExistsError(f"{directory} exists; remove it, or name another place")
-    if getattr(model, "recipe", None):
+    recipe = getattr(model, "recipe", None)
+    if recipe and not recipe.portable:
         raise ValueError("a quantized model is no plain LLaMA: export the model it was made from")
     if model.config.norm != "rms" or model.config.embproj:
         model = model.fold()
     check_weights(model.state_dict(), directory)
+    tensors = packed_tensors(model, input_scales) if recipe else model.state_dict()
+    if recipe and torch.equal(tensors["head.weight"], tensors["embed.weight"]):  # tied until folded
+        config = replace(model.config, tie_embeddings=True)
+        model = Transformer.from_weights(config, model.state_dict())
+        del tensors["head.weight"]
     encoding = tokenizer_of(data)
     end_ids = ends_of(options, encoding)
     theirs = their_model(model, options, end_ids[:1], first_ids(encoding) or end_ids[:1])
     known = getattr(encoding, "text", data.get("tokenizer_json"))
     files = {
-        "README.md": model_card(directory.name, model, options, data, evaluation),
+        "README.md": model_card(directory.name, model, options, data, evaluation, recipe),
         **options.get("hf_files", {}),
         TOKENIZER_JSON: known or json_from_encoding(encoding),
         "tokenizer_config.json": tokenizer_config(encoding, options, end_ids),
@@ -252,8 +272,10 @@ def save_llama(model, directory, options: dict, data: dict, evaluation=None, sha
     try:
         with whole(directory, f".tmp-{os.getpid()}") as temporary:
             temporary.mkdir()
-            theirs.save_pretrained(temporary, max_shard_size=shard_size)
+            theirs.save_pretrained(temporary, max_shard_size=shard_size, state_dict={
+                their_names(name): tensor for name, tensor in tensors.items()})
             config = json.loads(read_text(temporary / "config.json"))
+            config |= dict(quantization_config=quantization_config(recipe)) if recipe else {}
             config["torch_dtype"] = config["dtype"]  # its name for older readers
             for name, text in (files | {"config.json": as_json(config)}).items():
                 (temporary / name).parent.mkdir(exist_ok=True)
@@ -349,6 +371,11 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
 """
+QUANTIZED = """The matrices in its layers have four bits ({recipe}: method, bits of weights, activations, keys and
+values), in the form of compressed-tensors, which transformers needs to load them. Numbers below are
+of the model before.
+
+"""
 MEASURED = """
 Measured on validation text after {tokens:,} training tokens: loss {val_loss:.4f} nats per token,
 excess kurtosis of the residual stream {kurtosis:.3f}, where perfectly Gaussian activations of this
@@ -356,10 +383,12 @@ width have {kurtosis_floor:.3f}. (Far above that is hard to quantize.)
 """
 
 
-def model_card(name: str, model, options: dict, data: dict, evaluation: dict | None) -> str:
+def model_card(name: str, model, options: dict, data: dict, evaluation: dict | None,
+               recipe: Recipe | None) -> str:
     """The text of README.md. `evaluation` is a record of log.jsonl, if there is one."""
     text = CARD.format(name=name, n=sum(p.numel() for p in model.parameters()), config=model.config,
                        seq_len=own_length(options), tokenizer=data["tokenizer"])
+    text += QUANTIZED.format(recipe=recipe) if recipe else ""
     if "imported" in options:
         return (f"{text}nanoOSP did not train it: it was read from a Hugging Face directory called "
                 f"{options['imported']}.\n")

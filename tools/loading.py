@@ -143,8 +143,8 @@ def load(path, device: str = "cpu", int4: bool = False) -> Loaded:
             step = state["step"]
         options, data = state["options"], state["data"]
     loaded = Loaded(path, model.requires_grad_(False).eval(), options, data, step)
-    if int4 and not loaded.recipe:
-        raise ValueError(f"{path} is not quantized: --int4 is for files of quantize.py --out")
+    if int4 and (is_llama(path) or not loaded.recipe):
+        raise ValueError(f"{path} is not quantized by quantize.py --out, which --int4 needs")
     check_known(options, data, path)
     return loaded
 

@@ -16,6 +16,7 @@ import torch.nn as nn
 from model import Config, Transformer
 from nanoosp.files import save_archive
 from nanoosp.formats import BLOCK_FORMATS, E2M1
+from nanoosp.halves import stacks
 from quantize import Recipe, attach_ffn_hadamard, attach_rounding, format_of, linears, per_column
 from tools.huggingface import check_weights
 
@@ -35,6 +36,29 @@ def from_integer(integers, format: str):
     """What to_integer() was given."""
     numbers = torch.tensor(NUMBERS[format], dtype=torch.float32, device=integers.device)
     return integers.sign() * numbers[integers.abs().long()]
+
+
+def integers(model) -> dict:
+    """The codes of a model of quantize() as integers [out, in], by linears' names."""
+    weights = model.state_dict()
+    codes = {}
+    for name, scale in model.scales.items():
+        W = weights[f"{name}.weight"].float()
+        code = format_of(model.recipe, 4).code(W / per_column(scale, W.shape[1]))
+        codes[name] = to_integer(code, model.recipe.format)
+    return codes
+
+
+def stored_scales(model) -> dict:
+    """Scales of MXFP4 or NVFP4 by linears' names: (a byte for each block, the scale of the tensor).
+    Linears that read the same share the latter."""
+    stored = {}
+    for weights in stacks(model):
+        scales = [model.scales[name] for name in weights]
+        blocks, tensor = BLOCK_FORMATS[model.recipe.format].stored(torch.cat(scales))
+        parts = blocks.split([len(scale) for scale in scales])
+        stored |= {name: (part, tensor) for name, part in zip(weights, parts)}
+    return stored
 
 
 def pack(codes):
@@ -57,22 +81,21 @@ def save_packed(model, path: Path, options: dict, data: dict):
     if the file cannot be written.
     """
     recipe = model.recipe
-    if recipe.w != 4:
-        raise ValueError(f"a file holds weights of 4 bits, not {recipe.w}")
+    if recipe.w != 4 or recipe.portable:
+        raise ValueError(f"a file holds weights of 4 bits, not {recipe.w}, and not portable ones")
     weights = {name: W.cpu() for name, W in model.state_dict().items()}
     check_weights(weights, path)  # rotating and rounding can overflow
     if torch.equal(weights["head.weight"], weights["embed.weight"]):  # they were tied
         weights["head.weight"] = weights["embed.weight"]  # one storage, which torch writes once
     scales = {name: scale.cpu() for name, scale in model.scales.items()}
     codes = {}
-    for name, scale in scales.items():
-        W = weights.pop(f"{name}.weight")
-        code = format_of(recipe, 4).code(W.float() / per_column(scale, W.shape[1]))
-        codes[name] = pack(to_integer(code, recipe.format))
+    for name, code in integers(model).items():
+        del weights[f"{name}.weight"]
+        codes[name] = pack(code).cpu()
     quantization = dict(bits=recipe.bits, method=recipe.method, symmetric=recipe.symmetric,
-                        ffn_hadamard=recipe.does("had"), scales=scales)
-    if blocks := BLOCK_FORMATS.get(recipe.format):
-        scales = {name: blocks.stored(scale) for name, scale in scales.items()}
+                        ffn_hadamard=recipe.has_r4, scales=scales)
+    if recipe.format in BLOCK_FORMATS:
+        scales = {name: tuple(x.cpu() for x in both) for name, both in stored_scales(model).items()}
         quantization |= dict(format=recipe.format, scales=scales)
     version = VERSIONS[recipe.format]
     state = dict(packing=PACKING, version=version, config=asdict(model.config), weights=weights,
@@ -119,7 +142,7 @@ def _unpacked_model(state: dict) -> Transformer:
         if any(byte.dtype != torch.uint8 for byte, _ in scales.values()):
             raise ValueError("a scale is no byte")
         scales = {name: blocks.read(byte, tensor) for name, (byte, tensor) in scales.items()}
-    if recipe.w != 4 or quantization["ffn_hadamard"] is not recipe.does("had"):
+    if recipe.w != 4 or quantization["ffn_hadamard"] is not recipe.has_r4:
         raise ValueError("what was done to it contradicts itself")
     if symmetric not in (True, False):
         raise ValueError(f"symmetric is {symmetric!r}")
@@ -139,7 +162,7 @@ def _unpacked_model(state: dict) -> Transformer:
         raise ValueError("not every linear has its scales")
     model.recipe = recipe
     model.scales = scales
-    if recipe.does("had"):
+    if recipe.has_r4:
         attach_ffn_hadamard(model)
     attach_rounding(model, recipe)
     return model
