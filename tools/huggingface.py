@@ -26,6 +26,7 @@ from model import Config, Transformer
 from nanoosp.files import as_json, read_log, read_text, require, whole, write_text
 from quantize import Recipe, attach_rounding
 from tools.four_bit import packed_tensors, quantization_config, recipe_of, unpack_tensors
+from tools.packed import check_weights
 
 PURPOSE = "a Hugging Face directory"
 SEQ_LEN = 2048  # to measure on, where a model from elsewhere can read longer texts
@@ -286,14 +287,6 @@ def save_llama(model, directory, options: dict, data: dict, evaluation=None, sha
     except (OSError, require("safetensors", PURPOSE).SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"could not write {directory}: {reason}") from error
-
-
-def check_weights(weights: dict, path):
-    """Raise ArithmeticError if a tensor holds inf or nan. `path`: where they are to be written."""
-    for name, W in weights.items():
-        if not W.isfinite().all():
-            raise ArithmeticError(f"{name} holds numbers that are not finite: {path} would be of "
-                                  "no use, and is not written")
 
 
 def their_model(model: Transformer, options: dict, end: list[int], first: list[int]):

@@ -18,7 +18,6 @@ from nanoosp.files import save_archive
 from nanoosp.formats import BLOCK_FORMATS, E2M1
 from nanoosp.halves import stacks
 from quantize import Recipe, attach_ffn_hadamard, attach_rounding, format_of, linears, per_column
-from tools.huggingface import check_weights
 
 VERSIONS = {"int": 2, "mxfp4": 3, "nvfp4": 3}
 NUMBERS = {"int": range(9), "mxfp4": E2M1, "nvfp4": E2M1}  # what a code may be, but for its sign
@@ -72,6 +71,14 @@ def pack(codes):
 def unpack(packed):
     """uint8 [out, in / 2] -> codes as fp32 [out, in]."""
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1).float() - 8
+
+
+def check_weights(weights: dict, path):
+    """Raise ArithmeticError if a tensor holds inf or nan. `path`: where they are to be written."""
+    for name, W in weights.items():
+        if not W.isfinite().all():
+            raise ArithmeticError(f"{name} holds numbers that are not finite: {path} would be of "
+                                  "no use, and is not written")
 
 
 def save_packed(model, path: Path, options: dict, data: dict):
