@@ -1,5 +1,6 @@
 """Benchmarks: lm-eval asks the questions and counts right answers, and here our models answer."""
 
+import logging
 import math
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from nanoosp.files import require
 LM = require("lm_eval.api.model", "--tasks").LM
 TaskManager = require("lm_eval.tasks", "--tasks").TaskManager
 rolling_windows = require("lm_eval.utils", "--tasks").get_rolling_token_windows
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it says much of what it overrides
 PAPER = Path(__file__).resolve().parent.parent / "data/tasks"
 
 
