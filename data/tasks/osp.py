@@ -35,24 +35,27 @@ class Questions(ConfigurableTask):
         if file.exists():
             rows = file.read_bytes().splitlines()
         else:  # the hub has a copy of every dataset in this form
-            path = f"{self.config.dataset_name}/{split}/0000.parquet"
-            origin = dict(repo_type="dataset", revision="refs/convert/parquet")
-            file = hf_hub_download(self.config.dataset_path, path, **origin)
-            rows = Dataset.from_parquet(file)
+            file = f"{self.config.dataset_name}/{split}/0000.parquet"
+            form = dict(repo_type="dataset", revision="refs/convert/parquet")
+            rows = Dataset.from_parquet(hf_hub_download(self.config.dataset_path, file, **form))
         for i, row in enumerate(rows, 1):
             try:
                 doc = (json.loads(row) if isinstance(row, bytes) else row) | {"shots": ""}
                 self.features = list(doc)
-                answer = self.doc_to_target(doc)
+                answer, text = self.doc_to_target(doc), self.doc_to_text(doc)
                 if self.OUTPUT_TYPE == "multiple_choice":
-                    choices = self.doc_to_choice(doc)
-                    if answer not in range(len(choices)):
-                        raise ValueError(f"{answer!r} is none of its {len(choices)} choices")
-                shown = self.doc_to_target(doc, self.fewshot_cfg.doc_to_target)
-                solved = f"{self.doc_to_text(doc)}{self.config.target_delimiter}{shown}\n\n"
-                docs.append(doc | {"solved": solved})
+                    n = len(self.doc_to_choice(doc))
+                    if answer not in range(n):
+                        raise ValueError(f"{answer!r} is none of its {n} choices, 0 to {n - 1}")
+                else:
+                    shown = self.doc_to_target(doc, self.fewshot_cfg.doc_to_target)
+                    shown = shown if isinstance(shown, str) else shown[0]
+                    doc["solved"] = f"{text}{self.config.target_delimiter}{shown}\n\n"
+                docs.append(doc)
             except Exception as error:  # templates raise many kinds
                 raise ValueError(f"{file}, line {i}: the row does not fit: {error!r}") from error
+        if not docs:
+            raise ValueError(f"{file} has no questions")
         return docs
 
 
@@ -64,7 +67,3 @@ def aliases(doc):
             kept.append(alias)
     drop = str.maketrans("", "", string.punctuation)
     return [alias.lower().translate(drop) for alias in kept]
-
-
-def first_alias(doc):
-    return aliases(doc)[0]
