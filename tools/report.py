@@ -190,13 +190,13 @@ def scores(results: dict, members: dict) -> dict:
         keys = [key.split(",") for key in result if "," in key and "_stderr," not in key]
         metric, how = min(keys, key=lambda key: [*SHARES, key[0]].index(key[0]))
         values = result[f"{metric},{how}"], result[f"{metric}_stderr,{how}"]
-        benchmarks[result["alias"]] = metric, *(v if isinstance(v, float) else math.nan for v in values)
+        values = [v if isinstance(v, float) else math.nan for v in values]  # "N/A"
+        benchmarks[result["alias"]] = metric, *values
     shares = [values for metric, *values in benchmarks.values() if metric in SHARES]
-    average = math.nan, math.nan
-    if shares:
-        values, errors = zip(*shares)
-        average = sum(values) / len(shares), math.hypot(*errors) / len(shares)
-    return dict(benchmarks=benchmarks, average=("acc", *average))
+    if not shares:
+        return dict(benchmarks=benchmarks)
+    n, (values, errors) = len(shares), zip(*shares)
+    return dict(benchmarks=benchmarks, average=("acc", sum(values) / n, math.hypot(*errors) / n))
 
 
 def scores_table(rows: list[dict]) -> str:
@@ -211,7 +211,8 @@ def scores_table(rows: list[dict]) -> str:
         names, results = zip(*models[i : i + SETTINGS_PER_TABLE])
         lines = [[name, *(score(*r["benchmarks"][name]) for r in results)]
                  for name in results[0]["benchmarks"]]
-        lines.append(["average", *(score(*r["average"]) for r in results)])
+        if "average" in results[0]:
+            lines.append(["average", *(score(*r["average"]) for r in results)])
         tables.append(table(["benchmarks, %", *names], lines))
     return "\n\n".join(tables)
 

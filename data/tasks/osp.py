@@ -8,6 +8,7 @@ from pathlib import Path
 from datasets import Dataset
 from huggingface_hub import hf_hub_download
 from lm_eval.api.task import ConfigurableTask
+from pyarrow.parquet import read_table
 
 
 class Questions(ConfigurableTask):
@@ -37,7 +38,7 @@ class Questions(ConfigurableTask):
         else:  # the hub has a copy of every dataset in this form
             file = f"{self.config.dataset_name}/{split}/0000.parquet"
             form = dict(repo_type="dataset", revision="refs/convert/parquet")
-            rows = Dataset.from_parquet(hf_hub_download(self.config.dataset_path, file, **form))
+            rows = read_table(hf_hub_download(self.config.dataset_path, file, **form)).to_pylist()
         for i, row in enumerate(rows, 1):
             try:
                 doc = (json.loads(row) if isinstance(row, bytes) else row) | {"shots": ""}
