@@ -5,7 +5,7 @@
     python eval.py runs/A --text FILE           loss and perplexity on any text
     python eval.py runs/A runs/B --bits 4-4-4 --methods rtn,had,gptq,quarot,spinquant
                                                 what 4 bits cost (quantize.py)
-    python eval.py runs/A --tasks DIR           score it on benchmarks (data/benchmarks.py)
+    python eval.py runs/A --tasks osp           score it on benchmarks (needs lm_eval)
     python eval.py runs/A --prompt "ROMEO:"     let it write
     python eval.py runs/A runs/B --plot DIR     figures (needs matplotlib)
 

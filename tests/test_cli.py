@@ -18,7 +18,7 @@ from test_structure import ROOT, modules
 import eval as evaluation
 import quantize
 import train
-from data import benchmarks, corpus, prepare
+from data import corpus, prepare
 from nanoosp import files
 from nanoosp.options import build_parser, flag, parse
 from nanoosp.signals import StopSignal
@@ -26,8 +26,7 @@ from results.ffn_hidden import trace
 from results.tables import PAGES
 from tools import evaluate, export
 
-DATA_SCRIPTS = {"data/prepare.py": prepare, "data/corpus.py": corpus,
-                "data/benchmarks.py": benchmarks}
+DATA_SCRIPTS = {"data/prepare.py": prepare, "data/corpus.py": corpus}
 SCRIPTS = {name: (script.Options, script.__doc__) for name, script in DATA_SCRIPTS.items()} | {
     "train.py": (train.Options, train.__doc__), "eval.py": (evaluate.Options, evaluation.__doc__),
     "quantize.py": (export.Options, quantize.__doc__)}
@@ -41,9 +40,9 @@ def test_help_shows_commands_but_no_notes_on_the_code(name):
         assert notes not in text
 
 
-@pytest.mark.parametrize("name", ["prepare", "corpus", "benchmarks"])
+@pytest.mark.parametrize("name", ["prepare", "corpus"])
 def test_misspelt_options_of_the_data_scripts_name_the_nearest(name, capsys):
-    required = {"prepare": [], "corpus": ["--out", "x"], "benchmarks": ["piqa", "--out", "x"]}[name]
+    required = {"prepare": [], "corpus": ["--out", "x"]}[name]
     with pytest.raises(SystemExit) as error:
         DATA_SCRIPTS[f"data/{name}.py"].main([*required, "--ouut=x"])
     assert error.value.code == 2
@@ -198,7 +197,7 @@ def test_threads_of_torch_are_told_to_sleep_while_they_wait(script, argv, tmp_pa
 
 NUMBERS = [(options, field.name) for options in (
                train.Options, evaluate.Options, export.Options, prepare.Options, corpus.Options,
-               benchmarks.Options, trace.TraceOptions)
+               trace.TraceOptions)
            for field in dataclasses.fields(options) if field.type in (int, float)]
 
 
@@ -213,7 +212,7 @@ def test_numbers_are_taken_up_to_their_bounds_and_refused_past_them(options, nam
         smallest, largest = 5e-324 if low is None else low, math.nextafter(high or math.inf, 0)
         too_small, too_large = [0 if low is None else -5e-324, -math.inf], [high or math.inf, math.inf]
     needed = {evaluate.Options: ["x"], export.Options: ["x"], trace.TraceOptions: ["adam"],
-              corpus.Options: ["--out", "x"], benchmarks.Options: ["piqa", "--out", "x"]}
+              corpus.Options: ["--out", "x"]}
     given = [*needed.get(options, []), flag(name)]
     for value in (smallest, largest):
         assert getattr(parse(options, "", [*given, repr(value)]), name) == value

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import train
-from data import benchmarks, corpus, prepare
+from data import corpus, prepare
 from nanoosp.options import build_parser
 from results.ffn_hidden import trace
 from results.rounding.measure import RoundingOptions
@@ -20,10 +20,10 @@ TEXTS = {path: path.read_text(encoding="utf-8") for path in PAGES}
 ALL_TEXT = re.sub(r"<!--.*?-->", "", "\n".join(TEXTS.values()))
 
 OPTIONS = (train.Options, evaluate.Options, export.Options, prepare.Options, corpus.Options,
-           benchmarks.Options, trace.TraceOptions, RoundingOptions, DocumentsOptions)
+           trace.TraceOptions, RoundingOptions, DocumentsOptions)
 PARSERS = [build_parser(options, "") for options in OPTIONS]
 FOREIGN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--local-dir",
-           "--additional-suffix", "--exclude"}
+           "--additional-suffix", "--exclude", "--model", "--model-args", "--include-path"}
 
 
 def headings(page: str) -> set[str]:
@@ -80,7 +80,7 @@ def test_every_file_the_pages_name_exists():
 def test_what_the_commands_write_stays_out_of_git_status():
     """All that the pages' commands name after --plot, --hf, --out and --local-dir, but DIR and FILE."""
     written = set(re.findall(r"--(?:plot|hf|out|local-dir) ([\w./-]*[a-z0-9])(?![\w-])", ALL_TEXT))
-    assert {"figures", "my-llama", "osp-4bit.pt", "tasks", "osp"} <= written
+    assert {"figures", "my-llama", "osp-4bit.pt", "osp"} <= written
     for path in {*written, "tokenizer.json", ".cache"}:
         asked = ["git", "check-ignore", path, f"{path}/file"]  # as a file or as a folder
         assert subprocess.run(asked, cwd=ROOT, capture_output=True).returncode == 0, path

@@ -25,9 +25,9 @@ class Options(RecipeOptions):
                            required=True)
     text: Path = option(None, "measure on this text instead of the run's validation split",
                         group="measuring", metavar="FILE")
-    tasks: Path = option(None, "score on these task files, or folders of them, made by python "
-                         "data/benchmarks.py; no text is measured then, unless --text names one",
-                         many=True, metavar="PATH")
+    tasks: str = option(None, "score on these tasks of lm-eval, and folders of its YAML files, whose "
+                        "Python it runs: osp (the paper's ten), or as arc_easy,my/tasks; no text is "
+                        "measured then, unless --text names one", metavar="NAME,...")
     seq_len: int = option(None, "tokens that the model reads at once: a block of --text, a "
                           "question of --tasks, a --prompt with what follows (default: the length "
                           "it was trained on; of a Hugging Face model its own, at most "
@@ -142,8 +142,7 @@ from nanoosp.batches import windows_at_once
 from nanoosp.machine import peak_memory_gib, pick_device
 from quantize import format_of, linears, quantize
 from tools.loading import Loaded, load, names_of
-from tools.report import check_same_data, compare, describe, describe_tasks, in_short
-from tools.tasks import read_tasks, score_tasks
+from tools.report import check_same_data, compare, describe, in_short, scores
 from tools.writing import write
 
 
@@ -159,7 +158,11 @@ def measure_all(opt, recipes: list[Recipe]) -> list[dict]:
         from tools import plot  # fails before the work, not after it
 
         opt.plot.mkdir(parents=True, exist_ok=True)
-    tasks = read_tasks(opt.tasks) if opt.tasks else []
+    tasks = None
+    if opt.tasks:
+        from tools.harness import find_tasks  # only then: lm-eval takes seconds to start
+
+        tasks = find_tasks(opt.tasks.split(","))
     rows, pictures = [], []
     shown = names_of(opt.targets)
     for path in opt.targets:
@@ -184,7 +187,7 @@ def dataset_of(loaded: Loaded, opt):
     return None if opt.tasks else loaded.dataset()
 
 
-def measure_target(loaded: Loaded, dataset, tasks: list, recipes: list[Recipe], opt) -> dict:
+def measure_target(loaded: Loaded, dataset, tasks, recipes: list[Recipe], opt) -> dict:
     """All that is asked for of one target, as a row."""
     out = sys.stderr if opt.json else sys.stdout
     if loaded.recipe and not quantizing(opt):
@@ -196,8 +199,7 @@ def measure_target(loaded: Loaded, dataset, tasks: list, recipes: list[Recipe], 
         print(describe(loaded, row), end="\n\n", file=out, flush=True)
     if tasks:
         row |= measure_tasks(loaded, loaded.model, tasks, opt)
-        title = f"{loaded.name} ({loaded.label})"
-        print(describe_tasks(title, row), end="\n\n", file=out, flush=True)
+        print(f"{loaded.name} ({loaded.label}): {in_short(row)}", file=out, flush=True)
 
     def measure_copy(model) -> dict:
         result = {}
@@ -247,11 +249,17 @@ def measure_added(model, dataset, exact_loss: float, batch_size=None) -> dict:
     return dict(val_loss=loss, perplexity=perplexity(loss), added=loss - exact_loss)
 
 
-def measure_tasks(loaded: Loaded, model, tasks: list, opt) -> dict:
-    """Scores of `model`, which is loaded.model or a quantized copy of it."""
+def measure_tasks(loaded: Loaded, model, tasks: dict, opt) -> dict:
+    """lm-eval's results for `model`, which is loaded.model or a quantized copy of it."""
+    from lm_eval import evaluate
+    from tools.harness import Answers
+
     seq_len = opt.seq_len or loaded.seq_len
-    batch_size = opt.batch_size or windows_at_once(seq_len)
-    return score_tasks(model, loaded.encoding, tasks, seq_len, batch_size, loaded.end_ids)
+    answers = Answers(loaded, model, seq_len, opt.batch_size or windows_at_once(seq_len))
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(1234)  # every model gets the same shots
+    results = evaluate(answers, tasks, bootstrap_iters=1000, log_samples=False)["results"]
+    return dict(tasks=results, cut=answers.cut, **scores(results, tasks["group_map"]))
 
 
 def calibrate(loaded: Loaded, recipes: list[Recipe], file=None) -> dict:

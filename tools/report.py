@@ -4,12 +4,14 @@ them; the table of train.py --ablation; the speed that train.py --bench measured
 A row is what tools/evaluate.py measured of one target; eval.py --json prints the same rows.
 """
 
+import math
 import statistics
 from textwrap import indent
 
 from nanoosp.summary import table
 
 SINK = 0.3  # share of attention on the first token that makes a head a sink (Gu et al. 2025)
+SHARES = ("acc_norm", "exact_match", "acc")  # lm-eval's metrics; the first one there is the score
 SETTINGS_PER_TABLE = 6  # more would not fit beside each other
 
 
@@ -32,8 +34,11 @@ def n_sinks(sinks: dict) -> int:
     return sum(share > SINK for heads in sinks["share"] for share in heads)
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}"
+def score(metric: str, value: float, stderr: float) -> str:
+    """"45.2 ± 1.3", shares in percent."""
+    scale, digits = (100, 1) if metric in SHARES else (1, 4)
+    spread = "" if math.isnan(stderr) else f" ± {scale * stderr:.{digits}f}"
+    return f"{scale * value:.{digits}f}{spread}"
 
 
 def loss_and_added(result: dict) -> str:
@@ -92,22 +97,6 @@ def site_table(sites: dict) -> str:
     floors["ffn hidden"] = "-"  # products of two numbers are never Gaussian, even at the start
     lines.append(["Gaussian", *floors.values()])
     return table(["excess kurtosis by site", *sites], lines)
-
-
-def describe_tasks(name: str, row: dict) -> str:
-    """Scores in percent, a line for each task, and how many questions were too long."""
-    lines = []
-    for task, result in row["tasks"].items():
-        norm = percent(result["acc_norm"]) if "acc_norm" in result else ""
-        lines.append([task, f"{result['n']:,}", percent(result["acc"]), norm,
-                      percent(result["score"]), percent(result["stderr"])])
-    average = f"average of {len(row['benchmarks'])}"
-    lines.append([average, "", "", "", percent(row["average"]), ""])
-    head = ["task", "questions", "acc", "acc_norm", "score", "+-"]
-    text = table(head, lines)
-    if cut := [f"{r['cut']:,} of {task}" for task, r in row["tasks"].items() if r["cut"]]:
-        text += f"\ncut at the left, to fit the window: {', '.join(cut)}"
-    return f"{name}\n" + indent(text, "  ")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -199,24 +188,50 @@ def bits_table(rows: list[dict], settings: list[str], form: str) -> str:
 
 
 def in_short(result: dict) -> str:
-    """What was measured of a quantized model, in one line."""
-    words = [f"loss {loss_and_added(result)}"] if "val_loss" in result else []
-    words += [f"average score {percent(result['average'])}"] if "average" in result else []
+    """What was measured of a model, in one line."""
+    words = [f"loss {loss_and_added(result)}"] if "added" in result else []
+    if "average" in result:
+        words.append(f"average score {score(*result['average'])}")
+    if result.get("cut"):
+        words.append(f"{result['cut']:,} texts cut at the left, to fit the window")
     return ", ".join(words)
 
 
+def scores(results: dict, members: dict) -> dict:
+    """Of lm-eval's results `benchmarks`: name -> (metric, value, standard error), and `average`, the
+    same over those that are shares. A group is a benchmark for each of its `members`."""
+    inner = {name for names in members.values() for name in names}
+    names = [n for name in results if name not in inner for n in members.get(name, [name])]
+    benchmarks = {}
+    for result in map(results.get, names):
+        keys = [key.split(",") for key in result if "," in key and "_stderr," not in key]
+        metric, how = min(keys, key=lambda key: [*SHARES, key[0]].index(key[0]))
+        values = result[f"{metric},{how}"], result[f"{metric}_stderr,{how}"]
+        values = [v if isinstance(v, float) else math.nan for v in values]  # "N/A"
+        benchmarks[result["alias"]] = metric, *values
+    shares = [values for metric, *values in benchmarks.values() if metric in SHARES]
+    if not shares:
+        return dict(benchmarks=benchmarks)
+    n, (values, errors) = len(shares), zip(*shares)
+    return dict(benchmarks=benchmarks, average=("acc", sum(values) / n, math.hypot(*errors) / n))
+
+
 def scores_table(rows: list[dict]) -> str:
-    """A line for each target and each of its quantized models, a column for each benchmark, as in
-    the paper's Tables 3 and 5."""
-    scores = []
+    """A line for each benchmark, a column for each target and each of its quantized models."""
+    models = []
     for row in rows:
-        scores.append((row["target"], row))
+        models.append((row["target"], row))
         for bits, methods in row.get("quantized", {}).items():
-            scores += [(f"{row['target']} {bits} {method}", r) for method, r in methods.items()]
-    benchmarks = list(rows[0]["benchmarks"])
-    lines = [[name, *(percent(r["benchmarks"][b]) for b in benchmarks), percent(r["average"])]
-             for name, r in scores]
-    return table(["benchmarks, %", *benchmarks, "average"], lines)
+            models += [(f"{row['target']} {bits} {method}", r) for method, r in methods.items()]
+    tables = []
+    for i in range(0, len(models), SETTINGS_PER_TABLE):
+        names, results = zip(*models[i : i + SETTINGS_PER_TABLE])
+        lines = [[name, *(score(*r["benchmarks"][name]) for r in results)]
+                 for name in results[0]["benchmarks"]]
+        if "average" in results[0]:
+            lines.append(["average", *(score(*r["average"]) for r in results)])
+        tables.append(table(["benchmarks, %", *names], lines))
+    return "\n\n".join(tables)
 
 
 # --------------------------------------------------------------------------------------------------
