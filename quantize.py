@@ -2,6 +2,7 @@
 
     python quantize.py runs/NAME --method gptq --bits 4-4-4 --out FILE
     python quantize.py runs/NAME --hf DIR      not rounded: a plain LLaMA for Hugging Face's library
+    python quantize.py runs/NAME --hf DIR --bits 4-16-16     rounded, for transformers and vLLM
 
 The bits W-A-KV, as in 4-4-4, are those of weights, activations, and keys and values: 2 to 8, or 16
 for "leave alone". Each method does what those before it do, and one thing more:
@@ -15,7 +16,8 @@ for "leave alone". Each method does what those before it do, and one thing more:
 and activations: blocks of 32 or 16 values, with scales of their own (nanoosp/formats.py).
 
 Values are rounded to what 4 bits can hold and used in full precision ("fake" quantization): this
-measures the damage, and makes nothing faster. Embedding, head and norms are not rounded.
+measures the damage. Programs that are faster at 4 bits run what --hf with --bits writes (R3 and R4,
+which they lack, are left out). Embedding, head and norms are not rounded.
 
 Glossary: name here, symbol in the papers, meaning
     code, scale, zero  q, s, z  a value is s (q - z), q an integer of b bits; weights have no z. In
