@@ -23,7 +23,7 @@ OPTIONS = (train.Options, evaluate.Options, export.Options, prepare.Options, cor
            trace.TraceOptions, RoundingOptions, DocumentsOptions)
 PARSERS = [build_parser(options, "") for options in OPTIONS]
 FOREIGN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--local-dir",
-           "--additional-suffix", "--exclude", "--model", "--model-args", "--include-path"}
+           "--additional-suffix", "--exclude", "--model", "--include"}
 
 
 def headings(page: str) -> set[str]:
