@@ -66,7 +66,8 @@ SLOW = ["results/ffn_hidden/trace.py"]  # its options are train.py's and more, s
 def test_help_and_mistakes_are_answered_from_any_directory_before_torch_is_imported(
         script, tmp_path):
     """That would take seconds, also in each of corpus.py's processes. Extras may be missing."""
-    packages = ["tokenizers", "pyarrow", "huggingface_hub", "transformers", "matplotlib"]
+    packages = ["tokenizers", "pyarrow", "huggingface_hub", "transformers", "matplotlib",
+                "lm_eval"]
     environment = stand_in(tmp_path, "raise SystemExit('{} was imported')",
                            *packages, *["torch"] * (script not in SLOW))
     before = {path: path.stat().st_mtime_ns for path in (*FILES, *PAGES)}
