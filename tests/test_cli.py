@@ -110,7 +110,8 @@ def test_options_that_some_machine_or_run_can_obey_wait_for_torch(option, tmp_pa
 def test_help_and_mistakes_are_answered_from_any_directory_before_torch_is_imported(
         script, tmp_path):
     """That would take seconds, also in each of corpus.py's processes. Extras may be missing."""
-    packages = ["tokenizers", "pyarrow", "huggingface_hub", "transformers", "matplotlib"]
+    packages = ["tokenizers", "pyarrow", "huggingface_hub", "transformers", "matplotlib",
+                "lm_eval"]
     environment = stand_in(tmp_path, "raise SystemExit('{} was imported')",
                            *packages, *["torch"] * (script not in SLOW))
     before = {path: path.stat().st_mtime_ns for path in (*FILES, *PAGES)}

@@ -23,8 +23,8 @@ OPTIONS = (train.Options, evaluate.Options, export.Options, prepare.Options, cor
            trace.TraceOptions, RoundingOptions, DocumentsOptions)
 PARSERS = [build_parser(options, "") for options in OPTIONS]
 FOREIGN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--local-dir",
-           "--additional-suffix", "--exclude", "--model", "--model-args", "--include-path", "--enforce-eager",
-           "--max-model-len", "--outtype"}
+           "--additional-suffix", "--exclude", "--model", "--model-args", "--include-path", "--include",
+           "--enforce-eager", "--max-model-len", "--outtype"}
 
 
 def headings(page: str) -> set[str]:

@@ -25,9 +25,9 @@ class Options(RecipeOptions):
                            required=True)
     text: Path = option(None, "measure on this text instead of the run's validation split",
                         group="measuring", metavar="FILE")
-    tasks: str = option(None, "score on these tasks of lm-eval, and folders of its YAML files, whose "
-                        "Python it runs: osp (the paper's ten), or as arc_easy,my/tasks; no text is "
-                        "measured then, unless --text names one", metavar="NAME,...")
+    tasks: str = option(None, "score on these tasks of lm-eval, or folders of its YAML files, as "
+                        "osp (the paper's ten) or arc_easy,my/tasks; no text is measured then, "
+                        "unless --text names one", metavar="NAME,...")
     seq_len: int = option(None, "tokens that the model reads at once: a block of --text, a "
                           "question of --tasks, a --prompt with what follows (default: the length "
                           "it was trained on; of a Hugging Face model its own, at most "

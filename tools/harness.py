@@ -21,7 +21,7 @@ PAPER = Path(__file__).resolve().parent.parent / "data/tasks"
 def find_tasks(names: list[str]) -> dict:
     """lm-eval's tasks with these names. A folder of YAML files stands for its groups or, without
     any, its tasks. Raises ValueError."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it says much of what it overrides
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # else it says what overrides what
     known = [PAPER, *(name for name in names if Path(name).is_dir())]
     wanted = []
     try:

@@ -198,8 +198,8 @@ def in_short(result: dict) -> str:
 
 
 def scores(results: dict, members: dict) -> dict:
-    """Of lm-eval's results `benchmarks`: name -> (metric, value, standard error), and `average`, the
-    same over those that are shares. A group is a benchmark for each of its `members`."""
+    """Of lm-eval's results `benchmarks`: name -> (metric, value, standard error), and `average`,
+    the same over those that are shares. Each of a group's `members` is a benchmark."""
     inner = {name for names in members.values() for name in names}
     names = [n for name in results if name not in inner for n in members.get(name, [name])]
     benchmarks = {}
