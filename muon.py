@@ -158,7 +158,7 @@ def make_optimizers(model, optimizer: str, lr, embed_lr, weight_decay, kind=Muon
         group.update(lr=rate, peak_lr=rate)
     to_muon = [group for group in groups if group["role"] not in with_adam]
     to_adam = [group for group in groups if group["role"] in with_adam]
-    usual = dict(betas=(0.9, 0.95), fused=model.embed.weight.is_cuda)  # fused: a single kernel
+    usual = dict(betas=(0.9, 0.95), fused=next(model.parameters()).is_cuda)  # one kernel
     muon = [kind(to_muon, weight_decay=weight_decay, allow_tables=not to_adam)] if to_muon else []
     adam = [torch.optim.AdamW(to_adam, weight_decay=weight_decay, **usual)] if to_adam else []
     return muon + adam

@@ -16,9 +16,10 @@ def speed_up(model: nn.Module, opt) -> nn.Module:
         for block in model.blocks:
             block.compile()  # blocks share one compiled program: seconds, not minutes
         model.output = torch.compile(model.output)  # so that its fp32 logits, gigabytes, never reach memory
-        freeze_garbage_later(model)
     if opt.cuda_graph:
         record(model, opt.batch_size, opt.seq_len)
+    if opt.compile:
+        freeze_garbage_later(model)  # after recording, which allows no hook
     return model
 
 

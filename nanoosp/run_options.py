@@ -114,10 +114,11 @@ def resume(opt) -> dict | None:
         kinds = (int, float) if field.type is float else field.type
         if saved is not None and (not isinstance(saved, kinds) or choices and saved not in choices):
             raise ValueError(f"{opt.resume} is damaged: it was started with {flag(field.name)} {saved!r}")
-    for name, saved in state["options"].items():
-        if name not in opt.given and saved is not None:
-            setattr(opt, name, saved)
-        elif getattr(opt, name, saved) != saved and name not in may_change:
+    for name, given in remembered(opt).items():
+        saved = state["options"].get(name)
+        if name not in opt.given:
+            setattr(opt, name, given if saved is None else saved)
+        elif given != saved and name not in may_change:
             fail(f"{flag(name)} {getattr(opt, name)}: {opt.resume} was started with {saved} and keeps it")
     return state
 
@@ -130,8 +131,11 @@ def settle(opt, state, tell=fail):
     fill(opt, micro_batch_size=opt.batch_size, dtype="bfloat16" if on_cuda else "float32", recompute=False)
     if "micro_batch_size" not in opt.given:  # the preset's, or that of the run's last machine, as far as it divides
         opt.micro_batch_size = math.gcd(opt.batch_size // n_ranks(), opt.micro_batch_size)
-    if "cuda_graph" not in opt.given:  # recording takes a second, compiling as long as training a small model
-        opt.cuda_graph = bool(opt.cuda_graph and can_record(opt) and not opt.compile)
+    # Recording takes a second, compiling as long as training a small model. But only a compiled head keeps the logits of a
+    # large vocabulary out of memory.
+    if "cuda_graph" not in opt.given:
+        few_ids = opt.data in ("shakespeare", "random") and not opt.vocab_size
+        opt.cuda_graph = bool(opt.cuda_graph and few_ids and can_record(opt) and not opt.compile)
     fill(opt, compile=on_cuda and not opt.cuda_graph)
     if opt.data is not None and Path(opt.data).exists():
         opt.data = str(Path(opt.data).resolve())  # so that --resume finds it from anywhere

@@ -116,7 +116,7 @@ def check(opt):
 def plan(opt, base: Path) -> list[Row]:
     """All rows. Ends the program if their options, or what they were started with, do not fit."""
     adam_rate = opt.lr or train.PRESETS[opt.preset]["lr"]["adam"]
-    given = {name: getattr(opt, name) for name in opt.given - OWN_OPTIONS}
+    given = {name: value for name, value in vars(opt).items() if name in opt.given - OWN_OPTIONS}
     rows, first_seed = [], opt.seed
     for seed in range(first_seed, first_seed + (opt.seeds or 1)):
         for optimizer, norm, embproj, hot in TABLE_2 + NOT_IN_THE_PAPER * opt.full:
