@@ -152,5 +152,5 @@ def export_four_bits(loaded: Loaded, opt: Options, recipe: Recipe, device: str):
           f"{size / 2 / n:.3f} of what the {n:,} weights of {loaded.name} take in bf16 (embedding "
           "and head are not rounded)")
     if opt.hf and recipe.group not in KERNELS:
-        print(f"vLLM computes with groups of 32, 64 or 128 weights or whole rows, not with "
-              f"{recipe.group}: transformers reads this directory")
+        print("vLLM's Marlin kernels for GPUs take groups of 32, 64 or 128 weights or whole rows, "
+              f"not of {recipe.group}: transformers reads this directory, and vLLM on a CPU")
