@@ -168,6 +168,12 @@ def as_if_given(opt, values: dict):
     opt.given |= values.keys()
 
 
+def changed(opt, names) -> list[str]:
+    """Those of the options `names` that do not have the value they have when left out."""
+    default = {field.name: field.default for field in dataclasses.fields(opt)}
+    return [name for name in names if getattr(opt, name) != default[name]]
+
+
 def fill(opt, **defaults):
     """Give options that are None their defaults."""
     for name, value in defaults.items():

@@ -159,6 +159,9 @@ def check_options(opt, step: int, tell):
     if opt.osp and not OSP.items() <= vars(opt).items():
         name = next(name for name in OSP if getattr(opt, name) != OSP[name])
         tell(f"--osp means {OSP}: leave it out to use {name} {getattr(opt, name)}")
+    if "embed_lr" in opt.given and opt.optimizer != "muon" and not opt.ablation:
+        tell(f"--embed-lr is for --optimizer muon, which leaves two matrices to AdamW: --optimizer {opt.optimizer} has "
+             "one rate, --lr")
     if opt.n_embd % (2 * opt.n_head):
         tell(f"--n-embd {opt.n_embd} is not divisible by twice --n-head {opt.n_head}; RoPE rotates pairs of channels")
     if opt.warmup + opt.cooldown > opt.steps:

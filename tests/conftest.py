@@ -32,7 +32,7 @@ def dataset_dir(tmp_path_factory):
 @pytest.fixture
 def small_run(dataset_dir):
     """Options of a run that takes a few milliseconds a step."""
-    shape = "--preset tiny --n-layer 1 --n-head 2 --n-embd 32 --seq-len 16 --batch-size 8 --device cpu --lr 1e-2 --embed-lr 1e-2"
+    shape = "--preset tiny --n-layer 1 --n-head 2 --n-embd 32 --seq-len 16 --batch-size 8 --device cpu --lr 1e-2"
     return [*shape.split(), "--data", str(dataset_dir)]
 
 

@@ -168,10 +168,13 @@ def test_the_printed_commands_are_those_of_ordinary_runs(
 
 
 def test_the_full_ablation_has_all_combinations(small_run, tmp_path):
-    argv = [*small_run, "--ablation", "--full", "--seeds", "2", "--out", str(tmp_path / "a")]
+    argv = [*small_run, "--ablation", "--full", "--seeds", "2", "--embed-lr", "0.03",
+            "--out", str(tmp_path / "a")]
     rows = ablation.plan(parse(train.Options, "", [*argv, "--preset", "tiny"]), tmp_path / "a")
     labels = {label(vars(parse(train.Options, "", row.options))) for row in rows}
     assert len(rows) == len({row.directory for row in rows}) == 26 and len(labels) == 12
+    slow = {row.options[1] for row in rows if "--embed-lr" in row.options}
+    assert slow == {"muon"}  # in the others everything has one rate
     hot = [row for row in rows if row.hot]
     assert [row.options[row.options.index("--lr") + 1] for row in hot] == ["0.02", "0.02"]
     assert {row.directory.name[-3:] for row in rows} == {"-s0", "-s1"}

@@ -153,6 +153,25 @@ def test_scales_are_stored_in_a_byte_each_and_read_back_bit_for_bit(name):
         assert torch.equal(BLOCK_FORMATS[name].read(*BLOCK_FORMATS[name].stored(scale)), scale)
 
 
+def test_a_file_whose_linears_have_nvfp4_scales_of_their_own_reads_as_it_was_written(tokens, tmp_path):
+    """Up to the last place: such files are from when a scale was block * tensor, not block / (1 / tensor)."""
+    q = quantize(randomized(CONFIGS[0]), Recipe("4-16-16", "rtn", "nvfp4"))
+    save_packed(q, tmp_path / "q.pt", dict(seed=0), dict(tokenizer="bytes"))
+    state = read_archive(tmp_path / "q.pt")
+    scales = state["quantization"]["scales"]
+    for i, (name, (block, tensor)) in enumerate(scales.items()):
+        scales[name] = (block, tensor * (1 + i / 7))
+    back = packed_model(state, tmp_path / "q.pt")
+    differing = 0
+    for name, linear in linears(back).items():
+        block, tensor = scales[name]
+        codes = from_integer(unpack(state["codes"][name]), "nvfp4")
+        written = per_column(block.view(torch.float8_e4m3fn).float() * tensor, codes.shape[1]) * codes
+        assert torch.allclose(linear.weight, written, rtol=3e-7, atol=0), name
+        differing += (linear.weight != written).sum().item()
+    assert differing and back(tokens).isfinite().all()
+
+
 def test_codes_of_e2m1_fill_a_nibble_and_come_back():
     codes = torch.cat([NUMBERS, -NUMBERS])[None]
     assert torch.equal(from_integer(unpack(pack(to_integer(codes, "mxfp4"))), "mxfp4"), codes)

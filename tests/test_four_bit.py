@@ -191,7 +191,7 @@ def run_dir(dataset_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize("options, label, dtype, said", [
-    (["--bits", "4-16-16", "--w-group", "16"], "LLaMA, 4-16-16", "float32", "not with 16"),
+    (["--bits", "4-16-16", "--w-group", "16"], "LLaMA, 4-16-16", "float32", "not of 16: transformers reads"),
     (["--bits", "4-4-16", "--method", "rtn", "--format", "nvfp4"], "LLaMA, 4-4-16 nvfp4", "bfloat16", ""),
 ])
 def test_the_command_writes_a_directory_that_eval_measures(options, label, dtype, said, run_dir,

@@ -733,6 +733,13 @@ def test_without_transformers_one_line_says_what_to_install(runs, tmp_path, monk
             export.main([str(target), "--hf", str(tmp_path / "out"), "--device", "cpu"])
 
 
+def test_options_with_the_value_that_they_have_anyway_are_not_refused(runs, tmp_path):
+    for argv in (["--seed", "0"], ["--bits", "4-16-16", "--method", "rtn", "--seed", "0"]):
+        export.main([str(runs["osp"]), "--hf", str(tmp_path / f"m{len(argv)}"), *argv,
+                     "--device", "cpu"])
+    assert (tmp_path / "m2/config.json").exists() and (tmp_path / "m6/config.json").exists()
+
+
 def test_options_of_export_that_cannot_be_are_exit_code_2(runs, tmp_path, capsys):
     run, m = str(runs["osp"]), str(tmp_path / "m")
     for argv, words in [

@@ -15,7 +15,7 @@ from tools import evaluate
 
 
 def without_rates(small_run):
-    return [arg for arg in small_run if arg not in ("--lr", "--embed-lr", "1e-2")]
+    return [arg for arg in small_run if arg not in ("--lr", "1e-2")]
 
 
 @pytest.mark.parametrize("mine, theirs", [

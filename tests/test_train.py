@@ -249,7 +249,7 @@ def test_longer_training_by_resume_is_the_longer_run(small_run, tmp_path):
 def test_two_runs_started_together_get_directories_of_their_own(small_run, tmp_path, monkeypatch):
     monkeypatch.setattr(run_directory, "ROOT", tmp_path)
     for _ in range(2):
-        train.main([*small_run, "--osp", "--steps", "1"])
+        train.main([*small_run, "--osp", "--embed-lr", "1e-2", "--steps", "1"])
     name = "words-tiny-osp-lr0.01-embed-lr0.01-steps1"
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [name, f"{name}-2"]
 

@@ -121,7 +121,9 @@ def plan(opt, base: Path) -> list[Row]:
     for seed in range(first_seed, first_seed + (opt.seeds or 1)):
         for optimizer, norm, embproj, hot in TABLE_2 + NOT_IN_THE_PAPER * opt.full:
             parts = dict(optimizer=optimizer, norm=norm, embproj=embproj)
-            own = given | dict(lr=HOT * adam_rate) if hot else given
+            own = given | dict(lr=HOT * adam_rate) if hot else dict(given)
+            if optimizer != "muon":
+                own.pop("embed_lr", None)  # the others have one rate
             directory, step = base / f"{slug(parts)}{'-hot' * hot}-s{seed}", None
             path = os.path.relpath(directory)
             if (directory / "ckpt.pt").exists():

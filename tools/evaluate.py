@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanoosp.options import answer_before_torch, command, fail, flag, option, parse
+from nanoosp.options import answer_before_torch, changed, command, fail, flag, option, parse
 from nanoosp.recipe import METHODS, Recipe, RecipeOptions
 
 # The paper's Figure 4: first the weights alone, then the activations alone.
@@ -91,8 +91,9 @@ def check(opt) -> list[Recipe]:
     for name in ("text", "tasks", "as_published", "plot", *quantizing(opt)):
         if opt.prompt is not None and getattr(opt, name):
             fail(f"--prompt writes instead of measuring: leave out {flag(name)}")
-    if opt.compile and opt.prompt is None:
-        fail("--compile is for --prompt; measuring runs as it is")
+    for name in changed(opt, ("tokens", "temperature", "top_k", "compile", "seed")):
+        if opt.prompt is None:
+            fail(f"{flag(name)} is for writing: add --prompt TEXT, or leave it out to measure")
     if opt.compile and opt.device not in (None, "cuda"):
         fail("--compile is for CUDA; elsewhere text is written the simple way")
     if opt.seq_len and not (opt.text or opt.tasks or opt.prompt is not None):
@@ -116,7 +117,7 @@ def check(opt) -> list[Recipe]:
     try:
         recipes = [opt.recipe(bits, method) for bits in settings for method in methods]
     except ValueError as error:
-        fail(f"--bits --format: {error}")
+        fail(str(error))
     if opt.calib and not any(recipe.calibrates for recipe in recipes):
         fail("--calib does nothing for these --methods: only gptq, quarot and spinquant calibrate")
     if opt.center_embed and not any(recipe.center_embed for recipe in recipes):
@@ -126,8 +127,7 @@ def check(opt) -> list[Recipe]:
 
 def quantizing(opt) -> list[str]:
     """The names of the options for quantizing that were given."""
-    names = ("bits", "sweep", "methods", "calib", *RecipeOptions.__annotations__)
-    return [name for name in names if getattr(opt, name) != getattr(Options, name)]
+    return changed(opt, ("bits", "sweep", "methods", "calib", *RecipeOptions.__annotations__))
 
 
 answer_before_torch("eval.py", Options, check)

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanoosp.options import answer_before_torch, command, fail, flag, option, parse
+from nanoosp.options import answer_before_torch, changed, command, fail, flag, option, parse
 from nanoosp.recipe import METHODS, Recipe, RecipeOptions
 
 
@@ -59,7 +59,7 @@ def check(opt) -> Recipe:
         fail(f"{goal} {path} exists: remove it, or name another place")
     if not path.parent.is_dir():
         fail(f"{goal} {path} must be in a directory that exists")
-    given = opt.given - {"target", "out", "hf", "device"}
+    given = changed(opt, opt.given - {"target", "out", "hf", "device"})
     if opt.hf and given and not opt.bits:
         fail(f"{flag(min(given))} goes with --out, or --bits 4-16-16: --hf alone writes the model as "
              "it was trained")
@@ -67,7 +67,7 @@ def check(opt) -> Recipe:
         recipe = opt.recipe(opt.bits or Recipe.bits, opt.method or "gptq", seed=opt.seed,
                             steps=opt.steps, lr=opt.lr, portable=bool(opt.hf))
     except ValueError as error:
-        fail(f"--bits: {error}")
+        fail(str(error))
     if recipe.w != 4:
         fail(f"--bits {recipe.bits}: {goal} holds weights of 4 bits; eval.py --bits simulates "
              "other numbers")
@@ -152,5 +152,5 @@ def export_four_bits(loaded: Loaded, opt: Options, recipe: Recipe, device: str):
           f"{size / 2 / n:.3f} of what the {n:,} weights of {loaded.name} take in bf16 (embedding "
           "and head are not rounded)")
     if opt.hf and recipe.group not in KERNELS:
-        print(f"vLLM computes with groups of 32, 64 or 128 weights or whole rows, not with "
-              f"{recipe.group}: transformers reads this directory")
+        print("vLLM's Marlin kernels for GPUs take groups of 32, 64 or 128 weights or whole rows, "
+              f"not of {recipe.group}: transformers reads this directory, and vLLM on a CPU")

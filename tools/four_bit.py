@@ -34,7 +34,7 @@ BLOCKS = {"mxfp4": dict(strategy="group", scale_dtype="torch.uint8"),
 DYNAMIC = {"int": False, "mxfp4": True, "nvfp4": "local"}  # scales of activations: from each token
 TOLD = ("num_bits", "type", "symmetric", "dynamic", "strategy", "group_size")
 KINDS = ("weight_packed", "weight_scale", "weight_shape", "weight_global_scale", "input_global_scale")
-KERNELS = (0, 32, 64, 128)  # groups of integers that vLLM computes with; 0: whole rows
+KERNELS = (0, 32, 64, 128)  # groups that Marlin, vLLM's kernel for GPUs, takes; 0: whole rows
 
 
 # Out
