@@ -106,7 +106,7 @@ def rope_tables(n_tokens: int, head_dim: int, theta: float, device, past: int = 
     """cos and sin of position * theta^(-2i/d), each [T, d/2] in fp32, after `past` tokens."""
     channels = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
     positions = torch.arange(past, past + n_tokens, device=device, dtype=torch.float32)
-    angles = torch.outer(positions, theta ** (-channels / head_dim))
+    angles = torch.outer(positions, 1 / theta ** (channels / head_dim))
     return angles.cos(), angles.sin()
 
 
