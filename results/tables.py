@@ -197,6 +197,17 @@ def books_bits() -> str:
     return markdown(["", "", *settings], rows)
 
 
+def books_parts() -> str:
+    """Weights alone at four and at three bits, and activations alone, as --sweep measured them."""
+    columns = [(bits, method) for bits in ("4-16-16", "3-16-16", "16-4-16")
+               for method in ("rtn", "had")]
+    runs, rows = books_runs(), []
+    for name, label in BOOKS.items():
+        costs = [added(*column)(runs[f"sweep-{name}"]) for column in columns]
+        rows.append([label, *(f"{cost:+.4f}" for cost in costs)])
+    return markdown(["", *(" ".join(column) for column in columns)], rows)
+
+
 def books_rates() -> str:
     runs = [run for name, run in books_runs().items() if name.startswith("rate-")]
     rows = []
@@ -702,6 +713,7 @@ TABLES = {
     "books": books,
     "books_methods": books_methods,
     "books_bits": books_bits,
+    "books_parts": books_parts,
     "books_rates": books_rates,
     "first_minute": first_minute,
     "ablation_seven": ablation_seven,
