@@ -11,9 +11,9 @@ moves its largest value to the format's largest. So an outlier pushes all others
 values below which E4M3 has nothing but zero: outlier-safe activations are what this format wants.
 
 Only the linears of the blocks multiply so. With head and EmbProj too, OSP's loss on Shakespeare was
-0.2 higher (docs/scale.md). The rest computes as with --dtype bfloat16. So does everything without a
-gradient: evaluation sees the model as it is. Parameters, their gradients, the optimizer and
-checkpoints stay fp32.
+0.2 higher (results/float8/README.md). The rest computes as with --dtype bfloat16. So does
+everything without a gradient: evaluation sees the model as it is. Parameters, their gradients, the
+optimizer and checkpoints stay fp32.
 """
 
 import torch
@@ -34,7 +34,8 @@ def to_float8(x, dtype):
 def product(a, b):
     """A B^T in bfloat16, for a = (A, factor) and b = (B, factor) as to_float8() makes them. A is
     [n, k] and B [m, k]; the hardware wants both contiguous along k. It sums in fewer bits
-    than fp32 has, which makes a step 3 % faster. What that costs: docs/scale.md."""
+    than fp32 has, which makes a step 3 % faster. What that costs is in
+    results/float8/README.md."""
     return torch._scaled_mm(a[0].contiguous(), b[0].contiguous().t(), scale_a=a[1], scale_b=b[1],
                             out_dtype=torch.bfloat16, use_fast_accum=True)
 

@@ -32,14 +32,15 @@ def draw_method():
         axis.text(70.4, y + 10, "× N", ha="right")
         axis.text(28.2, y - 0.5, "residual stream", fontsize=9, va="top")
         for start, middle, end, name in ((29, 38, 48, "attention"), (53, 62, 68.5, "FFN")):
-            axis.plot((start - 1.5, start - 1.5, end), (y, y + 6, y + 6), color="black", linewidth=1, zorder=1)
+            out = start - 1.5  # where the branch leaves the stream, and where it comes back
+            back = end + 1.1
+            axis.plot((out, out, back), (y, y + 6, y + 6), color="black", linewidth=1, zorder=1)
             arrow((start - 1, y + 6), (start, y + 6))
             box(start, middle, y + 6, norm, of_norm)
             box(middle, end, y + 6, name, of_block)
-            axis.plot((end, end + 1.1), (y + 6, y + 6), color="black", linewidth=1)
-            arrow((end + 1.1, y + 6), (end + 1.1, y + 1))
-            axis.plot(end + 1.1, y, "o", color="white", markeredgecolor="black", markersize=11)
-            axis.plot(end + 1.1, y, "+", color="black", markersize=8)
+            arrow((back, y + 6), (back, y + 1))
+            axis.plot(back, y, "o", color="white", markeredgecolor="black", markersize=11)
+            axis.plot(back, y, "+", color="black", markersize=8)
         for left, right, text, color in (*ends, (74, 83, norm, of_norm)):
             box(left, right, y, text, color)
 
@@ -97,17 +98,19 @@ def draw_pay_off(series: list[tuple[str, list[dict]]], added: dict, floor: float
         look = dict(color=style(label)[0], label=label)
         points = [(r["tokens"] / 1e6, r) for r in log if "val_loss" in r]
         for loss in before:
-            draw_means(loss, [(x, r["val_loss"]) for x, r in points[1:]], **look)  # not the untrained
+            # without the first: an untrained model's loss is too high
+            draw_means(loss, [(x, r["val_loss"]) for x, r in points[1:]], **look)
         draw_means(kurtosis, [(x, r["kurtosis"]) for x, r in points], **look)
     lines = dict(zip(dict.fromkeys(method for _, method in added), LINES))
     for (label, method), points in added.items():
-        cost.plot(*zip(*points), color=style(label)[0], marker=".", linestyle=lines[method], label=label)
+        look = dict(color=style(label)[0], linestyle=lines[method], label=label)
+        cost.plot(*zip(*points), marker=".", **look)
     cost.legend([plt.Line2D([], [], color="black", linestyle=line) for line in lines.values()],
                 [METHOD_NAMES[method] for method in lines], loc="upper left", frameon=False)
     cost.set_ylim(bottom=0)
     kurtosis_axis(kurtosis, floor)
-    titles = ["validation loss (nats)"] * with_loss + ["excess kurtosis", "loss added by 4 bits (code)"]
-    for i, (axis, title) in enumerate(zip(axes, titles)):
+    titles = "validation loss (nats)", "excess kurtosis", "loss added by 4 bits (code)"
+    for i, (axis, title) in enumerate(zip(axes, titles[-len(axes):])):
         axis.set_xlabel("training tokens (millions)")
         axis.set_xlim(left=0, right=1.01 * axis.dataLim.x1)
         axis.grid(alpha=0.3)

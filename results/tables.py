@@ -4,30 +4,32 @@
 
     ablation_full/          all 12 combinations on Shakespeare, three seeds each
                             (runs.jsonl: command and measurement; logs.jsonl: training curves)
-    ablation_toy/           the seven rows of train.py --ablation --seeds 3 on toy, with GPTQ, QuaRot
-                            and the formats of hardware for three of them
-    decay/                  weight decay on Shakespeare and on books; loudest.jsonl is the front
-                            page's figure
-    embed_lr/               Muon with a slower embedding
-    rounding/               measure.py, and what it says of the weights of Adam and OSP
-    knob/                   optimizers and OSP on Shakespeare against learning rate and training
-                            length, one to three seeds
+    ablation_tiny/          the seven rows of train.py --ablation on two CPU cores: eval.json and
+                            every tenth step of log.jsonl
+    ablation_toy/           the same rows on toy, with --seeds 3
     adam_parts/             SSNorm and EmbProj for an Adam with outliers: tiny at twice its best
                             rate, two seeds, on a CPU
     books/                  six models of books: rates tried, all methods of quantize.py, bits
+    decay/                  weight decay on Shakespeare and on books, and the formats of hardware
+                            for the books; loudest.jsonl is the front page's figure
+    embed_lr/               Muon with a slower embedding
+    ffn_hidden/             trace.py, and what it wrote for every variant of the norms' gains
+    first_minute/*.txt      what the first commands printed
+    float8/                 losses of models trained with products of eight-bit floats
+    formats/                Adam and OSP on Shakespeare, with the formats of hardware
+    four_bits/*.json        the loss that quantization adds: command, and output of eval.py --json
+    knob/                   optimizers and OSP on Shakespeare against learning rate and training
+                            length, one to three seeds
+    learning_rates/*.jsonl  the sweeps, one line for each run: command, hardware, measurement
+    rounding/               measure.py, and what it says of the weights of Adam and OSP
     small/                  GPT-2's size on books, documentation and code: documents.py, which makes
                             the text, and two models; stages.jsonl: what 4 bits cost on the way
-    float8/                 losses of models trained with products of eight-bit floats
-    ffn_hidden/             trace.py, and what it wrote for every variant of the norms' gains
     speed/                  what --bench and the comparisons measured, one line each; measure.py
                             makes float8, writing and gptq
-    first_minute/*.txt      what the first commands printed
-    learning_rates/*.jsonl  the sweeps, one line for each run: command, hardware, measurement
-    four_bits/*.json        the loss that quantization adds: command, and output of eval.py --json
-    ablation_tiny/          eval.json and every tenth step of log.jsonl of train.py --ablation
 
-A table stands on one of PAGES between <!-- table NAME --> and <!-- end -->. A test compares it with
-what this file makes.
+Each folder's README.md is the page of its experiment. A table stands on one of PAGES between
+<!-- table NAME --> and <!-- end -->, and once more on README.md or results/README.md where these
+show it. A test compares it with what this file makes.
 """
 
 import json
@@ -203,6 +205,17 @@ def books_bits() -> str:
     return markdown(["", "", *settings], rows)
 
 
+def books_parts() -> str:
+    """Weights alone at four and at three bits, and activations alone, as --sweep measured them."""
+    columns = [(bits, method) for bits in ("4-16-16", "3-16-16", "16-4-16")
+               for method in ("rtn", "had")]
+    runs, rows = books_runs(), []
+    for name, label in BOOKS.items():
+        costs = [added(*column)(runs[f"sweep-{name}"]) for column in columns]
+        rows.append([label, *(f"{cost:+.4f}" for cost in costs)])
+    return markdown(["", *(" ".join(column) for column in columns)], rows)
+
+
 def books_rates() -> str:
     runs = [run for name, run in books_runs().items() if name.startswith("rate-")]
     rows = []
@@ -254,9 +267,8 @@ def ablation_seven() -> str:
 
 
 def embed_lr() -> str:
-    """Muon with embedding and head at three rates; the first stands in the ablation."""
-    runs = records("ablation_toy/runs.jsonl") + records("embed_lr/runs.jsonl")
-    runs = [run for run in runs if run["eval"]["label"] == "Muon"]
+    """Muon with embedding and head at three rates; the first is twice --lr, the default."""
+    runs = records("embed_lr/runs.jsonl")
     rows = [[f"{rate:g}", *loss_kurtosis_added(group)[0][1:]]
             for (rate,), group in grouped(runs, "embed_lr").items()]
     return markdown(["AdamW's rate for embedding and head", "validation loss",
@@ -292,8 +304,8 @@ def formats(runs: list[dict]) -> str:
 def decay_runs(text: str) -> list[dict]:
     """Those of Adam and OSP that differ in weight decay alone, by label and decay."""
     runs = records("decay/runs.jsonl")
-    if text == "toy":  # a decay of 0.01 is the default: these runs stand in the ablation
-        runs += [run for run in records("ablation_toy/runs.jsonl")
+    if text == "toy":  # a decay of 0.01 is the default: these runs have been measured in formats, too
+        runs += [run for run in records("formats/runs.jsonl")
                  if run["eval"]["label"] in ("Adam", "OSP")]
     runs = [run for run in runs if ("books" in run["name"]) == (text == "books")]
     rate = {"Adam": 0.004 if text == "books" else 0.001, "OSP": 0.002 if text == "books" else 0.004}
@@ -519,8 +531,9 @@ def where_time_goes() -> str:
 
 
 def two_gpus() -> str:
-    """Both methods and dtypes on one GPU and on two: host 7, the only one with all eight runs of today's code."""
-    runs = {(r["method"], r["dtype"], r["bench"]): r for r in two_gpu_records() if r["host"] == 7}
+    """Both methods and dtypes on one GPU and on two: host 7, which ran all eight with today's code."""
+    runs = {(r["method"], r["dtype"], r["bench"]): r for r in records("speed/two_gpus.jsonl")
+            if r.get("host") == 7 and "bench" in r}
     rows = []
     for method, dtype in [(method, dtype) for method in ("osp", "adam") for dtype in ("bfloat16", "float8")]:
         one, two = runs[method, dtype, "one"], runs[method, dtype, "two"]
@@ -533,54 +546,11 @@ def two_gpus() -> str:
                      "GiB per GPU: one and two"], rows)
 
 
-def two_gpus_before() -> str:
-    """OSP's tokens/s on each GPU alone, on both, and their ratio: hosts 1 to 5, where DDP cut the compiled blocks."""
-    speeds = {}
-    for r in two_gpu_records():
-        if r["method"] == "osp" and r["host"] <= 5:
-            of = speeds.setdefault((r["host"], r["dtype"]), {"one": [], "two": []})
-            of[r["bench"]].append(r["tokens_per_s"])
-    rows = []
-    for (host, dtype), of in speeds.items():
-        both = ["-", "-"]
-        if of["two"]:
-            both = [f"{of['two'][0]:,.0f}", f"{of['two'][0] / statistics.mean(of['one']):.2f}"]
-        rows.append([f"{host}", dtype, " and ".join(f"{speed:,.0f}" for speed in of["one"]), *both])
-    return markdown(["host", "products", "tokens/s of one GPU", "of two", "ratio"], rows)
-
-
-def two_gpu_records() -> list[dict]:
-    """--bench on one GPU and on two, of all hosts. Early lines lack host, method and dtype: they get the usual ones."""
-    names = {"a_micro8": "one", "b_two": "two", "one": "one", "two": "two"}
-    usual = dict(host=1, method="osp", dtype="bfloat16")
-    lines = records("speed/1.4b.jsonl") + records("speed/two_gpus.jsonl")
-    return [usual | r | dict(bench=names[r["bench"]]) for r in lines if r.get("bench") in names]
-
-
 def forward_backward_variants() -> str:
     tried = [r for r in records("speed/variants.jsonl") if "forward_backward" in r]
     kept = tried[0]["ms"]
     rows = [[r["forward_backward"], f"{r['ms']:.0f}", f"{r['ms'] / kept:.3f}"] for r in tried]
     return markdown(["forward and backward of 16 x 2048 tokens", "ms", "of what is kept"], rows)
-
-
-def muon_variants() -> str:
-    rows, usual = [], {}
-    for r in records("speed/variants.jsonl"):
-        if "muon_step" in r:
-            usual.setdefault(r["run"], r["ms"])  # torch.optim.Muon comes first
-            ratio = r["ms"] / usual[r["run"]]
-            rows.append([r["muon_step"], f"{r['run']}", f"{r['ms']:.0f}", f"{ratio:.2f}"])
-    return markdown(["Muon's step", "run", "ms", "of torch.optim.Muon's"], rows)
-
-
-def newton_schulz() -> str:
-    rows = []
-    for r in records("speed/newton_schulz.jsonl")[1:]:
-        rows.append([r["newton_schulz"], f"{r['machine']}", f"{r['optimizer_ms']:.0f}",
-                     f"{r['forward_backward_ms']:,.0f}", f"{r['tokens_per_s']:,.0f}"])
-    return markdown(["Newton-Schulz", "machine", "optimizer, ms", "forward and backward, ms",
-                     "tokens/s"], rows)
 
 
 def writing() -> str:
@@ -624,11 +594,11 @@ def float8_variants() -> str:
     for r in float8_rows():
         if r["method"] == "osp" and r["micro"] == "16" and "sums" in r:
             group = FLOAT8[r["dtype"]], SUMS[r["sums"]]
-            groups.setdefault(group, []).append(f"{r['ratio']:.3f} (host {r['host']})")
+            groups.setdefault(group, []).append(r["ratio"])
     order = [*FLOAT8.values(), *SUMS.values()]
-    rows = [[*group, ", ".join(groups[group])] for group in
+    rows = [[*group, f"{len(groups[group])}", mean_and_spread(groups[group], 3)] for group in
             sorted(groups, key=lambda group: [order.index(part) for part in group])]
-    return markdown(["linears in float8", "summed exactly", "times the speed of bfloat16"], rows)
+    return markdown(["linears in float8", "summed exactly", "runs", "times the speed of bfloat16"], rows)
 
 
 def float8_adam() -> str:
@@ -688,15 +658,16 @@ def float8_parts() -> str:
 
 
 def toy_seconds() -> str:
+    """speed/toy.jsonl without the lines "before", from when toy was compiled."""
     rows = []
     for r in records("speed/toy.jsonl")[1:]:
-        others = r["wall_s"] - r["first_step_s"] - r["other_steps_s"]
-        seconds = r["wall_s"], r["first_step_s"], r["other_steps_s"], others
-        memory = f"{r['peak_memory_gib']:.1f} GiB" if r["peak_memory_gib"] else "-"
-        rows.append([LABELS[r["method"]], f"{r['host']}", r["code"],
-                     *(f"{s:.1f}" for s in seconds), memory])
-    return markdown(["", "host", "code", "seconds in all", "first step", "other steps", "the rest",
-                     "peak memory"], rows)
+        if r["code"] != "before":
+            others = r["wall_s"] - r["first_step_s"] - r["other_steps_s"]
+            seconds = r["wall_s"], r["first_step_s"], r["other_steps_s"], others
+            options = r["code"].removeprefix("after").removeprefix(", with ")
+            rows.append([LABELS[r["method"]], f"`{options}`" if options else "",
+                         *(f"{s:.1f}" for s in seconds)])
+    return markdown(["", "options", "seconds in all", "first step", "other steps", "the rest"], rows)
 
 
 def first_minute() -> str:
@@ -750,12 +721,13 @@ TABLES = {
     "books": books,
     "books_methods": books_methods,
     "books_bits": books_bits,
+    "books_parts": books_parts,
     "books_rates": books_rates,
     "first_minute": first_minute,
     "ablation_seven": ablation_seven,
     "embed_lr": embed_lr,
     "formats_books": lambda: formats(records("decay/runs.jsonl")),
-    "formats_toy": lambda: formats(records("ablation_toy/runs.jsonl")),
+    "formats_toy": lambda: formats(records("formats/runs.jsonl")),
     "formats_small": lambda: formats(small_runs("code")),
     "small": small,
     "small_methods": small_methods,
@@ -775,10 +747,7 @@ TABLES = {
     "speed": speed,
     "where_time_goes": where_time_goes,
     "two_gpus": two_gpus,
-    "two_gpus_before": two_gpus_before,
     "forward_backward_variants": forward_backward_variants,
-    "muon_variants": muon_variants,
-    "newton_schulz": newton_schulz,
     "writing": writing,
     "toy_seconds": toy_seconds,
     "float8_speed": float8_speed,
@@ -792,7 +761,8 @@ TABLES = {
     "knob_steps": lambda: knob("steps"),
     "rates_tiny": rates_tiny,
 }
-PAGES = (HERE.parent / "README.md", HERE / "README.md", *sorted(HERE.parent.glob("docs/*.md")))
+OVERVIEWS = (HERE.parent / "README.md", HERE / "README.md")
+PAGES = (*OVERVIEWS, *sorted(HERE.parent.glob("docs/*.md")), *sorted(HERE.glob("*/README.md")))
 
 
 def filled(page: str) -> str:

@@ -1,10 +1,11 @@
-"""README.md, docs/ and results/README.md: their tables, links, options and files are real."""
+"""README.md, docs/ and the pages of results/: their tables, links, options and files are real."""
 
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
+from count import FIVE
 
 import train
 from data import corpus, prepare
@@ -12,7 +13,7 @@ from nanoosp.options import build_parser
 from results.ffn_hidden import trace
 from results.rounding.measure import RoundingOptions
 from results.small.documents import DocumentsOptions
-from results.tables import PAGES, TABLES, filled, kind
+from results.tables import OVERVIEWS, PAGES, TABLES, filled, kind
 from tools import evaluate, export
 
 ROOT = Path(train.__file__).parent
@@ -28,15 +29,43 @@ FOREIGN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", 
 
 
 def headings(page: str) -> set[str]:
-    """The anchors that GitHub makes of a page's headings."""
+    """The anchors that GitHub makes of a page's headings: a title's second one ends in -1."""
     titles = re.findall(r"(?m)^#+ +(.+)$", re.sub(r"(?ms)^```.*?^```", "", page))
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+    return {f"{anchor}-{n}" if (n := anchors[:i].count(anchor)) else anchor
+            for i, anchor in enumerate(anchors)}
+
+
+def links(page: str) -> list[str]:
+    """Where a page's links and pictures lead, in Markdown and in HTML; those in code are none."""
+    text = re.sub(r"^```.*?^```|^    [^\n]*$|`[^`]*`", "", page, flags=re.M | re.S)
+    inline = re.findall(r"\]\(\s*<?([^)\s>]*)", text)
+    html = re.findall(r"(?:href|src)=[\"']([^\"']+)", text)
+    return inline + html + re.findall(r"(?m)^\[[^\]]+\]: *(\S+)", text)
+
+
+def local_target(path: Path, link: str) -> tuple[Path | None, str]:
+    """The file that a link on the page `path` leads to, and the anchor; None for the web."""
+    if re.match(r"[a-z]+:", link):
+        return None, ""
+    file, _, anchor = link.partition("#")
+    return (path.parent / file).resolve() if file else path, anchor
 
 
 def test_the_front_page_is_short():
     readme = TEXTS[ROOT / "README.md"]
     assert len(readme.splitlines()) <= 150
     assert len(readme.split()) <= 1500
+
+
+@pytest.mark.parametrize("name, words", [("results/README.md", 3000), ("docs/scale.md", 1800)])
+def test_a_page_that_had_grown_stays_short(name, words):
+    assert len(TEXTS[ROOT / name].split()) <= words
+
+
+def test_every_experiment_has_a_page():
+    folders = {path.parent for path in (ROOT / "results").glob("*/*.json*")}
+    assert len(folders) > 10 and {folder / "README.md" for folder in folders} <= set(PAGES)
 
 
 def test_every_page_is_checked_here():
@@ -49,8 +78,9 @@ def test_every_table_is_what_the_logs_say():
         assert filled(page) == page, f"{path.name}: run python results/tables.py"
 
 
-def test_every_table_stands_on_exactly_one_page():
-    assert sorted(re.findall(r"<!-- table (\S+) -->", "".join(TEXTS.values()))) == sorted(TABLES)
+def test_every_table_stands_on_exactly_one_page_besides_the_overviews():
+    pages = "".join(text for path, text in TEXTS.items() if path not in OVERVIEWS)
+    assert sorted(re.findall(r"<!-- table (\S+) -->", pages)) == sorted(TABLES)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -89,14 +119,45 @@ def test_what_the_commands_write_stays_out_of_git_status():
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_local_link_resolves(path):
-    for link in re.findall(r"\]\(([^)]+)\)", TEXTS[path]):
-        if link.startswith("https://"):
-            continue
-        file, _, anchor = link.partition("#")
-        target = (path.parent / file).resolve() if file else path
-        assert target.exists() and ROOT in [target, *target.parents], f"{path.name}: {link}"
+    for link in links(TEXTS[path]):
+        assert link, f"{path.name}: a link to nothing"
+        target, anchor = local_target(path, link)
+        if target is not None:
+            assert target.exists() and ROOT in [target, *target.parents], f"{path.name}: {link}"
         if anchor:
             assert anchor in headings(TEXTS[target]), f"{path.name}: {link}"
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
+def test_every_file_that_a_page_links_to_goes_with_the_repository():
+    files = {local_target(path, link)[0] for path, text in TEXTS.items() for link in links(text)}
+    names = sorted(str(file.relative_to(ROOT)) for file in files - {None} if file.is_file())
+    asked = ["git", "check-ignore", "--no-index", *names]
+    assert names and not subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout
+
+
+def test_links_are_found_in_all_their_forms():
+    page = """    [p](q.md)
+[a](b.md#c) ![d](e.png "title") [f
+g](h.md) <img src="i.png"> [j]: k.md `[l](m.md)`
+[n]: o.md
+"""
+    assert links(page) == ["b.md#c", "e.png", "h.md", "i.png", "o.md"]
+    assert headings("# A b\n## A b\n## C\n# A, b\n") == {"a-b", "a-b-1", "c", "a-b-2"}
+
+
+def test_every_page_is_two_clicks_from_the_front_page():
+    near = {ROOT / "README.md"}
+    for _ in range(2):
+        near |= {local_target(path, link)[0] for path in near & set(PAGES) for link in links(TEXTS[path])}
+    assert set(PAGES) <= near
+
+
+def test_every_page_that_the_code_names_exists():
+    code = [path for folder in (".", "nanoosp", "tools", "data", "results/*") for path in ROOT.glob(f"{folder}/*.py")]
+    named = {name for path in code
+             for name in re.findall(r"\b((?:docs|results)/[\w/]*\.md)\b", path.read_text(encoding="utf-8"))}
+    assert named and all((ROOT / name) in TEXTS for name in named)
 
 
 def test_the_output_that_the_front_page_shows_was_printed():
@@ -104,6 +165,21 @@ def test_the_output_that_the_front_page_shows_was_printed():
     for log, shown in zip(("tiny-adam", "sample"), blocks, strict=True):
         printed = (ROOT / f"results/first_minute/{log}.txt").read_text().splitlines()
         assert set(shown.splitlines()) <= set(printed)
+
+
+def test_every_figure_is_shown_on_a_page():
+    shown = {local_target(path, link)[0] for path, text in TEXTS.items() for link in links(text)}
+    assert set((ROOT / "results/figures").glob("*")) <= shown
+
+
+def test_the_front_page_counts_the_lines_that_there_are():
+    readme, lines = TEXTS[ROOT / "README.md"], {}
+    for path in FIVE:
+        lines[path.name] = len(path.read_text(encoding="utf-8").splitlines())
+        said = re.search(rf"\({path.name}\) \| (\d+) \|", readme)
+        assert abs(int(said[1]) - lines[path.name]) <= 15, lines
+    said = int(re.search(r"([\d,]+) in five files", readme)[1].replace(",", ""))
+    assert abs(said - sum(lines.values())) <= 40, lines
 
 
 def test_figures_are_small():

@@ -34,7 +34,7 @@ from matplotlib.colors import to_rgb  # noqa: E402
 
 plt.rcParams["font.size"] = 10
 WIDTH = 8.3  # inches: a README shows a figure 830 pixels wide, and 10 points are then 14 pixels
-OUTLIER = 5  # times the token's root mean square: of a Gaussian's values one in two million is there
+OUTLIER = 5  # times the token's root mean square: one in two million of a Gaussian's values
 
 # Every configuration has the same colour, line and marker in all figures. Lines and markers tell
 # them apart in black and white.
@@ -101,11 +101,11 @@ def letter(axis, i: int, title: str = ""):
     axis.set_title(f"({'abcdefghijkl'[i]}) {title}".rstrip(), fontsize=10, loc="left")
 
 
-def panels(n: int, height: float = 0):
-    """A figure as wide as a README, and its n axes, at most three in a row, `height` inches each."""
+def panels(n: int):
+    """A figure as wide as a README, and its n axes, at most three in a row."""
     columns = min(n, 3)
     rows = -(-n // columns)
-    size = (WIDTH, rows * (height or {1: 3.8, 2: 3.3, 3: 2.9}[columns]))
+    size = (WIDTH, rows * {1: 3.8, 2: 3.3, 3: 2.9}[columns])
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for spare in axes.flat[n:]:
         spare.set_axis_off()
@@ -127,12 +127,14 @@ def label_ends(axis):
 
     To be called last, when the axis has its scale and limits.
     """
+    axis.get_ylim()  # matplotlib settles the limits when it is asked for them
     named = [line for line in axis.get_lines()
              if len(line.get_xydata()) and not line.get_label().startswith("_")]
     ends = [line.get_transform().transform(line.get_xydata()[-1]) for line in named]  # in pixels
     heights = axis.transAxes.inverted().transform(ends)[:, 1].clip(0, 1)
     order = heights.argsort()
-    gap = 0.2 / (axis.get_position().height * axis.figure.get_figheight())  # a line of text: 0.2 inch
+    inches = axis.get_position().height * axis.figure.get_figheight()
+    gap = 0.2 / inches  # what a line of text needs
     for _ in range(100):
         for low, high in pairwise(order):
             lack = max(0, gap - (heights[high] - heights[low])) / 2
@@ -185,7 +187,8 @@ def draw_grid(shown: list[tuple[str, torch.Tensor]], state: int):
         low, high = min(x.min().item(), 0), max(x.max().item(), 0)
         step = (high - low) / 15
         values = step * (torch.arange(16) - round(-low / step))  # those of Int.round()
-        axis.hist(x.numpy(), bins=torch.linspace(-widest, widest, 121).tolist(), color=style(label)[0])
+        bins = torch.linspace(-widest, widest, 121).tolist()
+        axis.hist(x.numpy(), bins=bins, color=style(label)[0])
         top = axis.get_ylim()[1]
         axis.set_ylim(-0.28 * top, 1.05 * top)
         axis.axhline(0, color="black", linewidth=0.8)
@@ -193,7 +196,8 @@ def draw_grid(shown: list[tuple[str, torch.Tensor]], state: int):
         axis.text(lowest - 0.04 * widest, -0.13 * top, "4-bit grid", ha="right", va="center")
         outliers = x[x.abs() > OUTLIER].tolist()
         for value in outliers:
-            axis.annotate("", (value, 0.05 * top), (value, 0.35 * top), arrowprops=dict(arrowstyle="->"))
+            axis.annotate("", (value, 0.05 * top), (value, 0.35 * top),
+                          arrowprops=dict(arrowstyle="->"))
         if outliers:
             axis.text(mean(outliers), 0.38 * top, "outliers", ha="center", va="bottom")
         axis.set_yticks([])
@@ -202,10 +206,12 @@ def draw_grid(shown: list[tuple[str, torch.Tensor]], state: int):
         last = i == len(shown) - 1
         axis.tick_params(bottom=last)
         axis.spines[["left", "right", "top", *([] if last else ["bottom"])]].set_visible(False)
-        number = dict(enumerate(("no", "one", "two", "three", "four"))).get(len(outliers), len(outliers))
-        plural = "outlier stretches" if len(outliers) == 1 else "outliers stretch"
-        letter(axis, i, f"{label}: {number} {plural} the 16 values" if outliers else
-               f"{label}: no outliers, so the 16 values lie close")
+        n = len(outliers)
+        number = {2: "two", 3: "three", 4: "four"}.get(n, n)
+        title = f"{number} outliers stretch the 16 values"
+        title = {0: "no outliers, so the 16 values lie close",
+                 1: "one outlier stretches the 16 values"}.get(n, title)
+        letter(axis, i, f"{label}: {title}")
     axes[-1, 0].set_xlabel(f"the channels of one token ({state_name(state)}), "
                            "in units of their root mean square")
     return figure
@@ -247,7 +253,8 @@ def draw_curves(series: list[tuple[str, list[dict]]], floor: float, highest_loss
     left.set_ylim(top=highest_loss)
     left.grid(alpha=0.3)
     kurtosis_axis(right, floor)
-    for i, (axis, title) in enumerate(((left, "validation loss (nats)"), (right, "excess kurtosis"))):
+    titles = "validation loss (nats)", "excess kurtosis"
+    for i, (axis, title) in enumerate(zip((left, right), titles)):
         axis.set_xlabel("training tokens (millions)")
         axis.set_xlim(left=0, right=axis.dataLim.x1)
         axis.xaxis.set_major_locator(plt.MaxNLocator("auto", integer=True))
@@ -291,7 +298,8 @@ def draw_learning_rates(points: dict[str, list[tuple[float, float, float]]], flo
     figure, (left, right) = panels(2)
     draw_points((left, right), points)
     kurtosis_axis(left, floor)
-    for i, (axis, title) in enumerate(((left, "excess kurtosis"), (right, "validation loss (nats)"))):
+    titles = "excess kurtosis", "validation loss (nats)"
+    for i, (axis, title) in enumerate(zip((left, right), titles)):
         axis.set_xlabel("peak learning rate")
         letter(axis, i, title)
     legend_above(figure, left)
