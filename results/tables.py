@@ -88,7 +88,15 @@ KERNELS = {  # what a GPU's kernel is for, by words in its name; the first match
     "other": "",
 }
 FORMAT_METHODS = ("rtn", "had", "gptq", "quarot")
-TRACES_SHOWN = ("official", "init-sqrt-d", "init-inverse", "adamw", "frozen", "adam")
+TRACES_SHOWN = {  # of the FFN's hidden state, with what their figure calls them
+    "official": "gain starts at 1 (OSP)",
+    "init-sqrt-d": "gain starts at sqrt(D)",
+    "init-inverse": "gain starts at 1/sqrt(D)",
+    "adamw": "gain trained by AdamW",
+    "frozen": "gain stays at 1",
+    "adam": "Adam, a gain for each channel",
+}
+CURVES_SHOWN = ("Adam", "Muon", "Muon + SSNorm", "OSP")  # each has one part of OSP more
 
 
 # --------------------------------------------------------------------------------------------------
@@ -769,7 +777,7 @@ def filled(page: str) -> str:
 def figures():
     import torch
 
-    from results.figures import draw_knob, draw_pay_off, draw_traces
+    from results.figures import draw_knob, draw_method, draw_pay_off, draw_traces
     from tools import plot
 
     assets = HERE / "figures"
@@ -779,18 +787,20 @@ def figures():
     loudest = records("decay/loudest.jsonl")
     shown = [(r["label"], torch.tensor(r["channels"])) for r in loudest]
     yield plot.save(plot.draw_grid(shown, loudest[0]["state"]), assets / "front.png")
+    yield plot.save(draw_method(), assets / "method.png")
     logged = logs("books")
     series = [(label, logged[name]) for name, label in BOOKS.items()]
     yield plot.save(plot.draw_curves(series, FLOOR, 4.4), assets / "books_curves.png")
 
     labels = {run["name"]: run["eval"]["label"] for run in small_runs(None)}
     series = [(labels[name], log) for name, log in logs("small").items()]
-    methods, stages = {"rtn": "rounded to nearest", "had": "with a Hadamard in the FFN"}, {}
+    stages = {}
     for r in (r for r in records("small/stages.jsonl") if r["text"] == "code"):
         point = r["step"] * SMALL_STEP / 1e6, r["added"]
-        stages.setdefault((r["label"], methods[r["method"]]), []).append(point)
+        stages.setdefault((r["label"], r["method"]), []).append(point)
     floor = records("small/runs.jsonl")[0]["eval"]["kurtosis_floor"]
-    yield plot.save(draw_pay_off(series, stages, floor), assets / "small.png")
+    for name, with_loss in (("pay_off", False), ("small", True)):
+        yield plot.save(draw_pay_off(series, stages, floor, with_loss), assets / f"{name}.png")
 
     def points(what):
         found = {}
@@ -799,21 +809,25 @@ def figures():
             found.setdefault(r["eval"]["label"], []).append((r[what], *values))
         return found
 
-    yield plot.save(draw_knob(points("lr"), points("steps"), FLOOR, 1.8), assets / "knob.png")
+    by_rate = draw_knob(points("lr"), FLOOR, "peak learning rate", (0.0001, 0.001, 0.01))
+    yield plot.save(by_rate, assets / "knob_rates.png")
+    by_length = draw_knob(points("steps"), FLOOR, "steps", (250, 500, 1000, 2000, 4000))
+    yield plot.save(by_length, assets / "knob_steps.png")
     runs = books_runs()
     shown = ("books-adam-4e-3", "books-muon", "books-osp")
     bits = [(BOOKS[name], runs[f"sweep-{name}"]["eval"]["quantized"]) for name in shown]
     yield plot.save(plot.draw_bits(bits), assets / "books_bits.png")
     labels = {run["name"]: run["eval"]["label"] for run in records("ablation_toy/runs.jsonl")}
-    series = [(labels[name], log) for name, log in logs("ablation_toy").items()]
+    series = [(labels[name], log) for name, log in logs("ablation_toy").items()
+              if labels[name] in CURVES_SHOWN]
     yield plot.save(plot.draw_curves(series, FLOOR), assets / "curves_toy.png")
-    traces = {variant: [run[1:] for run in runs] for variant, runs in trace_runs().items()
-              if variant in TRACES_SHOWN}
+    runs = trace_runs()
+    traces = {TRACES_SHOWN[variant]: [run[1:] for run in runs[variant]] for variant in TRACES_SHOWN}
     for r in (r for runs in traces.values() for run in runs for r in run):
         r["ffn_norm_gain"] = statistics.mean(r["gains"]["ffn_norm"])
-    shown = {"ffn_norm_gain": "gain of the FFN's norm", "hidden_max": "largest |hidden|",
-             "hidden_kurtosis": "excess kurtosis of the hidden state"}
-    yield plot.save(draw_traces(traces, shown, log=shown), assets / "ffn_hidden.png")
+    shown = {"ffn_norm_gain": "gain of the FFN's norm", "hidden_max": "largest |hidden state|",
+             "hidden_kurtosis": "its excess kurtosis"}
+    yield plot.save(draw_traces(traces, shown), assets / "ffn_hidden.png")
 
 
 @command

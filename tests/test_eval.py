@@ -199,18 +199,7 @@ def test_a_planted_sink_is_found_in_its_head_only(val):
         assert s["share"][layer][head] == pytest.approx(s["uniform"], rel=0.05)
 
 
-def test_the_histogram_of_logits_counts_every_pair_once(val):
-    from tools.plot import logits_of_head
-
-    T = 32
-    logits = logits_of_head(model_with(), val, 0, 1, n_windows=3)
-    assert [sum(c) for c in logits["counts"]] == [3 * (T - 1), 3 * (T - 1) * T // 2]
-    assert len(logits["counts"][0]) == len(logits["bins"]) - 1
-
-
 def test_everything_can_be_measured_in_bfloat16(val):
-    from tools.plot import logits_of_head
-
     half, model = model_with(), model_with()
     half.compute_dtype = torch.bfloat16
     a, b = (measure(m, val) for m in (half, model))
@@ -219,8 +208,6 @@ def test_everything_can_be_measured_in_bfloat16(val):
     a, b = (attention_sinks(m, val) for m in (half, model))
     assert np.allclose(a["share"], b["share"], atol=1e-3)
     assert np.allclose(a["outside"], b["outside"], atol=1e-2)
-    a, b = (logits_of_head(m, val, 0, 1) for m in (half, model))
-    assert sum(a["counts"][1]) == sum(b["counts"][1])
 
 
 def test_published_kurtosis_feeds_single_tokens_and_context_matters(val):
@@ -444,9 +431,48 @@ def test_eval_errors_are_one_line(run_dir, tmp_path, capsys, monkeypatch):
 def test_figures_are_drawn(run_dir, tmp_path, capsys):
     evaluate_main([str(run_dir), str(run_dir), "--plot", str(tmp_path / "f")])
     paths = list((tmp_path / "f").iterdir())
-    names = {"grid.png", "activations.png", "curves.png", "layers.png", "sinks.png"}
+    names = {"grid.png", "activations.png", "curves.png", "layers.png"}
     assert {path.name for path in paths} == names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_a_line_is_the_mean_of_its_seeds_and_its_band_their_range():
+    from tools import plot
+
+    axis = plot.panels(1)[1][0]
+    plot.draw_means(axis, [(1, 3.0), (2, 5.0), (1, 1.0), (2, 5.0)], label="OSP")
+    assert axis.get_lines()[0].get_xydata().tolist() == [[1, 2], [2, 5]]
+    corners = axis.collections[0].get_paths()[0].vertices.tolist()
+    assert [1, 1] in corners and [1, 3] in corners and [2, 5] in corners
+
+
+def test_names_beside_the_ends_of_lines_do_not_overlap():
+    from tools import plot
+
+    figure, (axis,) = plot.panels(1)
+    for name, end in (("Adam", 9.0), ("Muon", 1.001), ("OSP", 1.0), ("Gaussian", 1.002)):
+        axis.plot([0, 1], [0, end], label=name)
+    axis.plot([0, 1], [0, 0])  # one without a name
+    plot.label_ends(axis)
+    figure.draw_without_rendering()
+    boxes = sorted((text.get_window_extent() for text in axis.texts), key=lambda box: box.y0)
+    assert [text.get_text() for text in sorted(axis.texts, key=lambda text: text.get_position()[1])] == [
+        "OSP", "Muon", "Gaussian", "Adam"]
+    assert all(low.y1 <= high.y0 for low, high in zip(boxes, boxes[1:]))
+    adam = axis.transAxes.inverted().transform(axis.transData.transform((1, 9)))
+    assert axis.texts[0].get_position()[1] == pytest.approx(adam[1])  # none is near, so it stays at its line
+
+
+def test_a_grid_names_the_number_of_outliers():
+    from tools import plot
+
+    token = torch.cat([torch.linspace(-2, 2, 60), torch.tensor([7.0, 9.0])])
+    figure = plot.draw_grid([("Adam", token), ("Muon", token[:-1]), ("OSP", token[:-2])], state=2)
+    assert [axis.get_title(loc="left") for axis in figure.axes] == [
+        "(a) Adam: two outliers stretch the 16 values", "(b) Muon: one outlier stretches the 16 values",
+        "(c) OSP: no outliers, so the 16 values lie close"]
+    arrows = [sum(hasattr(text, "arrow_patch") and text.arrow_patch is not None for text in axis.texts) for axis in figure.axes]
+    assert arrows == [2, 1, 0]
 
 
 def test_numbers_on_different_data_stand_in_no_table_and_no_figure(run_dir, dataset_dir, tmp_path, capsys):

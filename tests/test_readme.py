@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from count import FIVE
 
 import train
 from data import corpus, prepare
@@ -164,6 +165,21 @@ def test_the_output_that_the_front_page_shows_was_printed():
     for log, shown in zip(("tiny-adam", "sample"), blocks, strict=True):
         printed = (ROOT / f"results/first_minute/{log}.txt").read_text().splitlines()
         assert set(shown.splitlines()) <= set(printed)
+
+
+def test_every_figure_is_shown_on_a_page():
+    shown = {local_target(path, link)[0] for path, text in TEXTS.items() for link in links(text)}
+    assert set((ROOT / "results/figures").glob("*")) <= shown
+
+
+def test_the_front_page_counts_the_lines_that_there_are():
+    readme, lines = TEXTS[ROOT / "README.md"], {}
+    for path in FIVE:
+        lines[path.name] = len(path.read_text(encoding="utf-8").splitlines())
+        said = re.search(rf"\({path.name}\) \| (\d+) \|", readme)
+        assert abs(int(said[1]) - lines[path.name]) <= 15, lines
+    said = int(re.search(r"([\d,]+) in five files", readme)[1].replace(",", ""))
+    assert abs(said - sum(lines.values())) <= 40, lines
 
 
 def test_figures_are_small():

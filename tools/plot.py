@@ -3,34 +3,38 @@
 Needs matplotlib (requirements-extra.txt).
 
     grid.png             the loudest token's channels, and the 16 values that 4 bits leave for them
-    activations.png      |activation| over tokens x channels, where it stands out most (Figure 2)
+    activations.png      mean |activation| of each channel, the largest first (compare Figure 2)
     curves.png           loss and kurtosis against training tokens, from the logs (Figures 3 and 7)
     layers.png           kurtosis of every state of the residual stream
-    sinks.png            q.k logits on the first token and elsewhere, in the head that looks at the
-                         first token most (Figure 6)
     learning_rates.png   kurtosis and loss against the learning rate, if one of the configurations has
                          three rates
     bits.png             loss against bits of weights and of activations, with --sweep (Figure 4)
 
-The numbers are those of the paper's figures. grid.png and activations.png show all models in the same
+The numbers are those of the paper's figures. A line is the mean over seeds, and the band around it
+reaches from the lowest to the highest. grid.png and activations.png show all models in the same
 state of the residual stream, the one in which some model has the highest kurtosis.
 """
 
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import pairwise
 from pathlib import Path
+from statistics import mean
 
 import torch
 
-from eval import attention_logits, inside_and_outside, sites
+from eval import sites
 from model import hooked
 from nanoosp.files import read_log, require
 from quantize import Int
-from tools.report import state_name, strongest_sink
+from tools.report import state_name
 
 require("matplotlib", "drawing figures").use("Agg")  # write files, open no window
 import matplotlib.pyplot as plt  # noqa: E402 (it needs the line above)
-from matplotlib.colors import LogNorm  # noqa: E402
+from matplotlib.colors import to_rgb  # noqa: E402
+
+plt.rcParams["font.size"] = 10
+WIDTH = 8.3  # inches: a README shows a figure 830 pixels wide, and 10 points are then 14 pixels
+OUTLIER = 5  # times the token's root mean square: one in two million of a Gaussian's values
 
 # Every configuration has the same colour, line and marker in all figures. Lines and markers tell
 # them apart in black and white.
@@ -43,6 +47,9 @@ STYLES = {
     "OSP": ("#0072b2", "-", "*"),
     "Adam, hot": ("#7f3800", "--", "P"),
 }
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+METHOD_NAMES = {"rtn": "rounded", "had": "Hadamard", "gptq": "GPTQ", "quarot": "QuaRot",
+                "spinquant": "SpinQuant"}
 OTHERS = [("#444444", line, marker)
           for line, marker in zip(["-", "--", "-.", ":", "-", "--"], "PXhd<>")]
 
@@ -56,15 +63,13 @@ class Picture:
     row: dict  # what was measured
     log: list[dict]
     states: torch.Tensor  # [L + 1, T, D], the residual stream of one validation window
-    logits: dict  # of the head with the strongest sink, from logits_of_head()
 
     @classmethod
     def of(cls, loaded, row: dict, dataset) -> "Picture":
         """Measure what is drawn but not in `row`, which is tools.evaluate.measure's."""
         run = loaded.path if loaded.path.is_dir() else loaded.path.parent
-        logits = logits_of_head(loaded.model, dataset, *strongest_sink(row["sinks"]))
         return cls(row["label"], loaded.options, row, read_log(run / "log.jsonl"),
-                   states_of_a_window(loaded.model, dataset), logits)
+                   states_of_a_window(loaded.model, dataset))
 
 
 @torch.no_grad()
@@ -76,20 +81,6 @@ def states_of_a_window(model, data, n_tokens: int = 256) -> torch.Tensor:
     with hooked([(module, hook) for module in sites(model)["residual stream"]]):
         model(window.to(model.embed.weight.device))
     return torch.stack(seen)
-
-
-@torch.no_grad()
-def logits_of_head(model, data, layer: int, head: int, n_windows: int = 32) -> dict:
-    """`counts` [2][bins] of one head's logits, on the first token and on all others, and the edges
-    of the `bins`."""
-    edges = torch.linspace(-20, 20, 161)
-    counts = torch.zeros(2, len(edges) - 1)
-    for window in torch.from_numpy(data.windows(data.evaluation_windows(n_windows))).split(1):
-        tokens = window[:, :-1].to(model.embed.weight.device)
-        logits = next(islice(attention_logits(model, tokens), layer, None))  # [1, H, T, T]
-        for row, values in zip(counts, inside_and_outside(logits)):
-            row += torch.histc(values[:, head], len(row), -20, 20).cpu()
-    return dict(counts=counts.tolist(), bins=edges.tolist())
 
 
 def style(label: str):
@@ -110,17 +101,49 @@ def letter(axis, i: int, title: str = ""):
     axis.set_title(f"({'abcdefghijkl'[i]}) {title}".rstrip(), fontsize=10, loc="left")
 
 
-def panels(n: int, width=4.2, height=3.2):
-    """A figure with n panels, at most three in a row, and the list of its axes."""
+def panels(n: int):
+    """A figure as wide as a README, and its n axes, at most three in a row."""
     columns = min(n, 3)
     rows = -(-n // columns)
-    if columns == 3:  # they fill the width of a README, with letters that can be read there
-        width, height = 3.3, 2.7
-    size = (width * columns, height * rows)
+    size = (WIDTH, rows * {1: 3.8, 2: 3.3, 3: 2.9}[columns])
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for spare in axes.flat[n:]:
         spare.set_axis_off()
     return figure, list(axes.flat[:n])
+
+
+def draw_means(axis, points: list[tuple[float, float]], **look):
+    """A line through the mean at each x, and a band from the lowest to the highest value there."""
+    values = {}
+    for x, y in sorted(points):
+        values.setdefault(x, []).append(y)
+    (line,) = axis.plot(list(values), [mean(ys) for ys in values.values()], **look)
+    lowest, highest = ([edge(ys) for ys in values.values()] for edge in (min, max))
+    axis.fill_between(list(values), lowest, highest, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def label_ends(axis):
+    """Write the name of each line right of its end, moved apart where two would overlap.
+
+    To be called last, when the axis has its scale and limits.
+    """
+    axis.get_ylim()  # matplotlib settles the limits when it is asked for them
+    named = [line for line in axis.get_lines()
+             if len(line.get_xydata()) and not line.get_label().startswith("_")]
+    ends = [line.get_transform().transform(line.get_xydata()[-1]) for line in named]  # in pixels
+    heights = axis.transAxes.inverted().transform(ends)[:, 1].clip(0, 1)
+    order = heights.argsort()
+    inches = axis.get_position().height * axis.figure.get_figheight()
+    gap = 0.2 / inches  # what a line of text needs
+    for _ in range(100):
+        for low, high in pairwise(order):
+            lack = max(0, gap - (heights[high] - heights[low])) / 2
+            heights[low] -= lack
+            heights[high] += lack
+    for line, height in zip(named, heights):
+        darker = [0.7 * part for part in to_rgb(line.get_color())]
+        axis.text(1.02, height, line.get_label(), color=darker, fontsize=9.5, va="center",
+                  transform=axis.transAxes)
 
 
 def kurtosis_axis(axis, floor: float):
@@ -131,22 +154,15 @@ def kurtosis_axis(axis, floor: float):
     axis.set_yticks(ticks, [str(t) for t in ticks])
     axis.minorticks_off()
     axis.axhline(floor, color="black", linewidth=0.8, linestyle=(0, (1, 2)),
-                 label=f"Gaussian ({floor:.3f})")
-    axis.set_ylabel("excess kurtosis")
+                 label="Gaussian")
     axis.grid(alpha=0.3)
-
-
-def unless_named(axis, label: str) -> str | None:
-    """The label of a curve, of which a legend is to have one only."""
-    return None if label in axis.get_legend_handles_labels()[1] else label
 
 
 def legend_above(figure, axis):
     """The axis's legend above all panels, where it hides no curve."""
     handles, labels = axis.get_legend_handles_labels()
-    columns = len(labels) if len(labels) <= 4 else -(-len(labels) // 2)
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=9,
-                  frameon=False)
+    columns = len(labels) if len(labels) <= 5 else -(-len(labels) // 2)
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
 
 
 def loudest_token(x: torch.Tensor) -> torch.Tensor:
@@ -162,128 +178,116 @@ def draw_grid(shown: list[tuple[str, torch.Tensor]], state: int):
         shown: label, and the loudest token's vector [D] in units of its root mean square.
         state: of the residual stream, where they were taken.
     """
-    height = 2.1 if len(shown) < 4 else 1.4
-    figure, axes = plt.subplots(len(shown), 1, figsize=(7.4, height * len(shown)), sharex=True,
+    height = 2.0 if len(shown) < 4 else 1.5
+    figure, axes = plt.subplots(len(shown), 1, figsize=(WIDTH, height * len(shown)), sharex=True,
                                 squeeze=False, layout="constrained")
-    widest = max(x.abs().max().item() for _, x in shown)
+    widest = 1.05 * max(x.abs().max().item() for _, x in shown)
+    lowest = min(x.min().item() for _, x in shown)
     for i, (axis, (label, x)) in enumerate(zip(axes[:, 0], shown)):
         low, high = min(x.min().item(), 0), max(x.max().item(), 0)
         step = (high - low) / 15
         values = step * (torch.arange(16) - round(-low / step))  # those of Int.round()
-        fullest = Int(4).round(x).unique(return_counts=True)[1].sort(descending=True).values
-        color = style(label)[0]
-        axis.hist(x.numpy(), bins=torch.linspace(-widest, widest, 121).tolist(), color=color)
+        bins = torch.linspace(-widest, widest, 121).tolist()
+        axis.hist(x.numpy(), bins=bins, color=style(label)[0])
         top = axis.get_ylim()[1]
         axis.set_ylim(-0.28 * top, 1.05 * top)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.vlines(values, -0.22 * top, -0.04 * top, color="black", linewidth=1.6)
+        axis.text(lowest - 0.04 * widest, -0.13 * top, "4-bit grid", ha="right", va="center")
+        outliers = x[x.abs() > OUTLIER].tolist()
+        for value in outliers:
+            axis.annotate("", (value, 0.05 * top), (value, 0.35 * top),
+                          arrowprops=dict(arrowstyle="->"))
+        if outliers:
+            axis.text(mean(outliers), 0.38 * top, "outliers", ha="center", va="bottom")
         axis.set_yticks([])
+        axis.set_xlim(-widest, widest)
+        axis.xaxis.set_major_locator(plt.MaxNLocator(6, integer=True))
         last = i == len(shown) - 1
         axis.tick_params(bottom=last)
         axis.spines[["left", "right", "top", *([] if last else ["bottom"])]].set_visible(False)
-        share = fullest[:2].sum().item() / len(x)
-        letter(axis, i, f"{label}: {share:.0%} of the channels become one of two values")
-    axes[-1, 0].set_xlabel(f"a channel of the loudest token ({state_name(state)}), in units of its root "
-                           "mean square;\nblack: the 16 values of 4 bits")
+        n = len(outliers)
+        number = {2: "two", 3: "three", 4: "four"}.get(n, n)
+        title = f"{number} outliers stretch the 16 values"
+        title = {0: "no outliers, so the 16 values lie close",
+                 1: "one outlier stretches the 16 values"}.get(n, title)
+        letter(axis, i, f"{label}: {title}")
+    axes[-1, 0].set_xlabel(f"the channels of one token ({state_name(state)}), "
+                           "in units of their root mean square")
     return figure
 
 
 def draw_activations(pictures: list[Picture], state: int):
-    """|activation| / median of all tokens and channels at this state of the residual stream."""
-    figure, axes = panels(len(pictures))
-    shown = [p.states[state].abs() / p.states[state].abs().median() for p in pictures]  # [T, D]
-    top = max(values.max().item() for values in shown)
-    colors = plt.get_cmap("inferno", 12)  # few colours make small files
-    for i, (axis, p, values) in enumerate(zip(axes, pictures, shown)):
-        image = axis.imshow(values.clamp(min=1).numpy(), norm=LogNorm(1, top), cmap=colors,
-                            aspect="auto", interpolation="nearest")
-        letter(axis, i, f"{p.label}: up to {values.max():.0f} medians")
-        axis.set_xlabel("channel")
-        axis.set_ylabel("token")
-    ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if t <= top]
-    bar = figure.colorbar(image, ax=axes, label="|activation| / median")
-    bar.set_ticks(ticks, labels=[str(t) for t in ticks])
-    bar.minorticks_off()
-    figure.suptitle(f"residual stream, {state_name(state)}", fontsize=10)
+    """How large each channel is on average over tokens; a level line has no outlier channels."""
+    figure, (axis,) = panels(1)
+    for p in pictures:
+        channels = p.states[state].abs().mean(dim=0).sort(descending=True).values  # [D]
+        color, line, _ = style(p.label)
+        axis.plot(range(1, len(channels) + 1), (channels / channels.median()).tolist(), color=color,
+                  linestyle=line, label=p.label)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    axis.set_yticks([t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if low < t < high])
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter("{x:g}")
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.set_xlabel(f"channels, the largest first ({state_name(state)})")
+    axis.set_ylabel("mean |activation|,\nin units of the median channel's")
+    axis.legend()
     return figure
 
 
 def draw_curves(series: list[tuple[str, list[dict]]], floor: float, highest_loss=None):
     """`series`: (label, records of log.jsonl), one a run."""
-    figure, (left, right) = panels(2, 5.2, 3.6)
-    for label, log in series:
+    figure, (left, right) = panels(2)
+    for label in dict.fromkeys(label for label, _ in series):
         color, line, _ = style(label)
-        points = [r for r in log if "val_loss" in r]
-        millions = [r["tokens"] / 1e6 for r in points]
-        kwargs = dict(color=color, linestyle=line, linewidth=1.5, label=unless_named(right, label))
-        losses = [r["val_loss"] for r in points]
-        left.plot(millions[1:], losses[1:], **kwargs)  # an untrained model's loss is ln V: too high
-        right.plot(millions, [r["kurtosis"] for r in points], **kwargs)
-    left.set_ylabel("validation loss (nats per token)")
+        look = dict(color=color, linestyle=line, linewidth=1.5, label=label)
+        runs = [[r for r in log if "val_loss" in r] for name, log in series if name == label]
+        # without the first: an untrained model's loss is ln V, too high
+        points = [(r["tokens"] / 1e6, r["val_loss"]) for run in runs for r in run[1:]]
+        draw_means(left, points, **look)
+        draw_means(right, [(r["tokens"] / 1e6, r["kurtosis"]) for run in runs for r in run], **look)
     left.set_ylim(top=highest_loss)
     left.grid(alpha=0.3)
     kurtosis_axis(right, floor)
-    for i, (axis, title) in enumerate(((left, "loss"), (right, "outliers"))):
+    titles = "validation loss (nats)", "excess kurtosis"
+    for i, (axis, title) in enumerate(zip((left, right), titles)):
         axis.set_xlabel("training tokens (millions)")
+        axis.set_xlim(left=0, right=axis.dataLim.x1)
+        axis.xaxis.set_major_locator(plt.MaxNLocator("auto", integer=True))
         letter(axis, i, title)
-    legend_above(figure, right)
+    label_ends(right)
     return figure
 
 
 def draw_layers(pictures: list[Picture], floor: float):
     """The kurtosis of every state of the residual stream."""
-    figure, (axis,) = panels(1, 6.4, 3.8)
+    figure, (axis,) = panels(1)
+    names = set()
     for p in pictures:
         color, line, marker = style(p.label)
         values = p.row["kurtosis_per_layer"]
         axis.plot(range(len(values)), values, color=color, linestyle=line, marker=marker,
-                  markersize=5, label=unless_named(axis, p.label))
+                  markersize=5, label=None if p.label in names else p.label)
+        names.add(p.label)
     axis.set_xticks(range(len(values)), ["embedding", *range(1, len(values))])
     axis.set_xlabel("residual stream after the embedding, after block 1, 2, ...")
+    axis.set_ylabel("excess kurtosis")
     kurtosis_axis(axis, floor)
-    axis.legend(fontsize=8)
-    return figure
-
-
-def draw_sinks(pictures: list[Picture]):
-    """The logits of each model's strongest sink."""
-    figure, axes = panels(len(pictures))
-    for i, (axis, p) in enumerate(zip(axes, pictures)):
-        layer, head = strongest_sink(p.row["sinks"])
-        share = p.row["sinks"]["share"][layer][head]
-        edges = p.logits["bins"]
-        centers = [(left + right) / 2 for left, right in zip(edges, edges[1:])]
-        first, others = p.logits["counts"]
-        for counts, color, line, name in ((first, "black", "--", "first token"),
-                                          (others, style(p.label)[0], "-", "other tokens")):
-            area = max(sum(counts), 1) * (edges[1] - edges[0])
-            axis.plot(centers, [count / area for count in counts], color=color, linestyle=line,
-                      label=name)
-        letter(axis, i, f"{p.label}: block {layer + 1}, head {head + 1}\n"
-                        f"{share:.0%} of attention on the first token")
-        axis.set_xlabel("logit q.k / sqrt(d)")
-        axis.set_ylabel("density")
-        axis.set_xlim(-12, 12)
-        axis.set_ylim(top=1.4 * axis.get_ylim()[1])  # room for the legend
-        axis.legend(fontsize=8)
+    axis.legend(fontsize=9)
     return figure
 
 
 def draw_points(axes, points: dict[str, list[tuple]]):
-    """`points`: for each label (x, a value for each of the axes) of its runs.
-
-    A line joins the means over runs with the same x.
-    """
+    """`points`: for each label (x, a value for each of the axes) of its runs."""
     for label, group in points.items():
         color, line, marker = style(label)
         for column, axis in enumerate(axes, start=1):
-            means = {}
-            for point in sorted(group):
-                means.setdefault(point[0], []).append(point[column])
-            axis.plot(list(means), [sum(v) / len(v) for v in means.values()], color=color,
-                      linestyle=line, label=label)
-            axis.scatter([p[0] for p in group], [p[column] for p in group], color=color,
-                         marker=marker, s=18)
+            draw_means(axis, [(point[0], point[column]) for point in group], color=color,
+                       linestyle=line, marker=marker, markersize=5, label=label)
     for axis in axes:
         axis.set_xscale("log")
         axis.grid(alpha=0.3)
@@ -291,14 +295,14 @@ def draw_points(axes, points: dict[str, list[tuple]]):
 
 def draw_learning_rates(points: dict[str, list[tuple[float, float, float]]], floor: float):
     """`points`: for each label (learning rate, kurtosis, validation loss) of its runs."""
-    figure, (left, right) = panels(2, 5.2, 3.6)
+    figure, (left, right) = panels(2)
     draw_points((left, right), points)
     kurtosis_axis(left, floor)
-    right.set_ylabel("validation loss (nats per token)")
-    for i, (axis, title) in enumerate(((left, "outliers"), (right, "loss"))):
+    titles = "excess kurtosis", "validation loss (nats)"
+    for i, (axis, title) in enumerate(zip((left, right), titles)):
         axis.set_xlabel("peak learning rate")
         letter(axis, i, title)
-    left.legend(fontsize=8)
+    legend_above(figure, left)
     return figure
 
 
@@ -314,32 +318,30 @@ def swept(quantized: dict, place: int) -> dict[int, dict]:
 
 
 def draw_bits(series: list[tuple[str, dict]]):
-    """`series`: (label, the "quantized" of eval.py --sweep). Thick lines are the first method."""
-    figure, axes = panels(2, 5.2, 3.6)
+    """`series`: (label, the "quantized" of eval.py --sweep). A color a model, a line a method."""
+    figure, axes = panels(2)
     axes[1].sharey(axes[0])
     for place, (axis, name) in enumerate(zip(axes, ("weights", "activations"))):
         for label, quantized in series:
-            color, line, marker = style(label)
+            color, _, marker = style(label)
             results = swept(quantized, place)
-            for i, method in enumerate(next(iter(results.values()))):
+            for line, method in zip(LINES, next(iter(results.values()))):
                 losses = [result[method]["val_loss"] for result in results.values()]
                 axis.plot(list(results), losses, color=color, linestyle=line, marker=marker,
-                          markersize=5, linewidth=2 - i, alpha=1 - 0.4 * min(i, 1),
-                          label=f"{label}, {method}")
-        letter(axis, place, name)
+                          markersize=5, label=f"{label}, {METHOD_NAMES[method]}")
+        letter(axis, place, f"{name} at fewer bits")
         axis.set_xlabel(f"bits of {name}, the rest at 16")
         axis.set_xticks(sorted(results))
         axis.invert_xaxis()
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("validation loss (nats per token)")
-    axes[1].legend(fontsize=8)
+    axes[0].set_ylabel("validation loss (nats)")
+    legend_above(figure, axes[0])
     return figure
 
 
 def save(figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # about as wide as a README, and under 200 kB
-    figure.savefig(path, dpi=95 if len(figure.axes) > 3 else 110)
+    figure.savefig(path, dpi=200)  # twice a README's pixels, for sharp screens
     plt.close(figure)
     return path
 
@@ -362,7 +364,6 @@ def draw_all(pictures: list[Picture], out: Path) -> list[Path]:
         "grid": draw_grid(loudest, state),
         "activations": draw_activations(shown, state),
         "layers": draw_layers(pictures, floor),
-        "sinks": draw_sinks(shown),
     }
     series = [(p.label, p.log) for p in pictures if any("val_loss" in r for r in p.log)]
     if series:
