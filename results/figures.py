@@ -1,5 +1,7 @@
 """Figures that only results/ draws, beside those of tools/plot.py."""
 
+from statistics import mean
+
 from tools.plot import LINES, METHOD_NAMES, WIDTH, draw_means, draw_points, kurtosis_axis
 from tools.plot import label_ends, legend_above, letter, panels, plt, style
 
@@ -136,4 +138,57 @@ def draw_traces(traces: dict[str, list[list[dict]]], titles: dict[str, str]):
         axis.grid(alpha=0.3)
         axis.set_yscale("log")
     legend_above(figure, axes[0])
+    return figure
+
+
+def draw_depth(runs: list[dict], logs: dict[str, list[dict]], floor: float):
+    """Kurtosis by depth and by step, and what 4 bits add by depth.
+
+    Args:
+        runs: records of depth/runs.jsonl, of one text.
+        logs: the evaluations of each run, by its name.
+    """
+    figure, axes = panels(3)
+    by_depth, by_step, cost = axes
+
+    def look(label, lr, line="-"):
+        name = f"{label}, {lr:g}" if label == "Adam" else label
+        return dict(color=style(label)[0], linestyle=line, label=name)
+
+    def of(label, lr):
+        return [r for r in runs if (r["label"], r["lr"]) == (label, lr)]
+
+    for label, lr, line in (("Adam", 0.001, "--"), ("Adam", 0.002, "-"), ("Muon", 0.004, "-"),
+                            ("OSP", 0.004, "-")):
+        points = [(r["n_layer"], r["kurtosis"]) for r in of(label, lr)]
+        draw_means(by_depth, points, marker=".", **look(label, lr, line))
+    for label, lr, line in (("Adam", 0.0007, ":"), ("Adam", 0.001, "--"), ("Adam", 0.0014, "-."),
+                            ("Adam", 0.002, "-"), ("OSP", 0.004, "-")):
+        points = [(point["step"], point["kurtosis"]) for r in of(label, lr)
+                  if r["n_layer"] == 16 and "eval" in r for point in logs[r["name"]]]
+        draw_means(by_step, points, **look(label, lr, line))
+    for label in ("Adam", "Muon", "OSP"):
+        points = []
+        for n_layer in sorted({r["n_layer"] for r in runs}):
+            rates = {}
+            for r in runs:
+                if (r["label"], r["n_layer"]) == (label, n_layer):
+                    rates.setdefault(r["lr"], []).append(r)
+            best = min(rates.values(), default=[], key=lambda group: mean(r["val_loss"] for r in group))
+            points += [(n_layer, r["added"]["rtn"]) for r in best]
+        draw_means(cost, points, color=style(label)[0], marker=".", label=label)
+    cost.set_ylim(bottom=0)
+    titles = "excess kurtosis", "while 16 blocks train", "loss added by 4-4-4"
+    for i, (axis, title) in enumerate(zip(axes, titles)):
+        letter(axis, i, title)
+        axis.grid(alpha=0.3)
+        axis.set_xlabel("steps" if axis is by_step else "blocks (12 million parameters)")
+        if axis is not by_step:
+            axis.set_xscale("log")
+            axis.minorticks_off()
+            axis.set_xticks([4, 8, 16, 32], ["4", "8", "16", "32"])
+    for axis in (by_depth, by_step):
+        kurtosis_axis(axis, floor)
+    for axis in axes:
+        label_ends(axis)
     return figure

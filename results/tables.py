@@ -10,6 +10,10 @@
     adam_parts/             SSNorm and EmbProj for an Adam with outliers: tiny at twice its best
                             rate, two seeds, on a CPU
     books/                  six models of books: rates tried, all methods of quantize.py, bits
+    ablation_narrow/        the same rows on toy as it is now, one seed
+    depth/                  shapes of equal size, rates and lengths, on Shakespeare and books; also
+                            how today's tiny and toy were found
+    smollm2/                what four bits cost a model of two trillion tokens: the output of eval.py
     decay/                  weight decay on Shakespeare and on books, and the formats of hardware
                             for the books; loudest.jsonl is the front page's figure
     embed_lr/               Muon with a slower embedding
@@ -33,6 +37,7 @@ show it. A test compares it with what this file makes.
 """
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -395,6 +400,85 @@ def knob(what: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
+# Depth, and how today's presets were found
+
+
+def depth_runs(text: str) -> list[dict]:
+    """Runs of equal length on shapes of about equal size, by number of blocks."""
+    runs = [r for r in records("depth/runs.jsonl")
+            if r["text"] == text and r["batch_size"] == 32 and r["steps"] == 2000]
+    return sorted(runs, key=lambda r: (r["n_layer"], r["label"], r["lr"]))
+
+
+def depth_rows(runs: list[dict], shape, *keys: str) -> list[list[str]]:
+    rows = []
+    for _, group in grouped(runs, "n_layer", "n_embd", *keys, "label", "lr").items():
+        check_same_data([r for r in group if "data" in r])
+        r = group[0]
+        later = [run for run in group if "eval" in run]  # measured with more methods, too
+        cells = [mean_and_spread([run["added"][method] for run in group], 4)
+                 for method in ("rtn", "had")]
+        cells += [mean_and_spread([run["eval"]["added"][method] for run in later], 4)
+                  if later and "gptq" in later[0]["eval"]["added"] else ""
+                  for method in ("gptq", "quarot")]
+        worst = [max(run["kurtosis_per_layer"]) for run in group]
+        rows.append([shape(r), f"{r['label']} ({r['lr']:g})", str(len(group)),
+                     mean_and_spread([run["val_loss"] for run in group], 4),
+                     mean_and_spread([run["kurtosis"] for run in group], 2),
+                     mean_and_spread(worst, 1), *cells])
+    return rows
+
+
+def depth(text: str) -> str:
+    head = ["blocks × width", "model (learning rate)", "runs", "validation loss",
+            "excess kurtosis", "its worst state", "rtn", "had", "gptq", "quarot"]
+    return markdown(head, depth_rows(depth_runs(text), lambda r: f"{r['n_layer']} × {r['n_embd']}"))
+
+
+def depth_presets(preset: str) -> str:
+    """The shapes that were tried for today's tiny or toy."""
+    runs = [r for r in records("depth/runs.jsonl") if f"--preset {preset} " in r["command"] + " "
+            and not (r["batch_size"] == 32 and r["steps"] == 2000)]
+    runs.sort(key=lambda r: (r["n_layer"], r["n_embd"], r["steps"], r["label"], r["lr"]))
+    rows = depth_rows(runs, lambda r: f"{r['n_layer']} × {r['n_embd']}, {r['steps']:,} of "
+                      f"{r['batch_size']}", "steps", "batch_size")
+    head = ["blocks × width, steps of sequences", "model (learning rate)", "runs",
+            "validation loss", "excess kurtosis", "its worst state", "rtn", "had"]
+    return markdown(head, [row[:8] for row in rows])
+
+
+def ablation_narrow() -> str:
+    rows = []
+    for _, group in grouped(records("ablation_narrow/runs.jsonl"), "label").items():
+        run = group[0]  # one row has a second seed, which the page names
+        e = run["eval"]
+        results = e["quantized"]["4-4-4"]
+        rows.append([f"{e['label']} ({run['lr']:g})", f"{e['val_loss']:.4f}", f"{e['kurtosis']:.2f}",
+                     *(f"{results[m]['val_loss'] - e['val_loss']:+.4f}" for m in ("rtn", "had"))])
+    floor = records("ablation_narrow/runs.jsonl")[0]["eval"]["kurtosis_floor"]
+    return markdown(["", "validation loss", f"excess kurtosis (Gaussian {floor:.3f})",
+                     "4-4-4 adds", "with a Hadamard"], rows)
+
+
+def smollm2() -> str:
+    """Perplexities that eval.py printed, one row a format and method."""
+    text = (HERE / "smollm2/eval.txt").read_text()
+    exact = re.search(r"loss +(\S+) nats per token, perplexity (\S+),", text)
+    found = {}
+    for method, bits, name, loss in re.findall(
+            r"(?m)^smol (\w+) (\S+?)(?: (mxfp4|nvfp4))?: loss (\S+) ", text):
+        found[name or "int", method, bits] = float(loss)
+    columns = ("4-16-16", "16-4-16", "16-16-4", "4-4-4")
+    rows = [["not quantized", "", "", "", "", exact[2]]]
+    for name in FORMATS:
+        for method in METHODS:
+            values = [found.get((name, method, bits)) for bits in columns]
+            rows.append([name, method, *("" if v is None else f"{math.exp(v):,.1f}"
+                                         for v in values)])
+    return markdown(["format", "method", *columns], rows)
+
+
+# --------------------------------------------------------------------------------------------------
 # small on real text
 
 
@@ -725,6 +809,12 @@ TABLES = {
     "books_rates": books_rates,
     "first_minute": first_minute,
     "ablation_seven": ablation_seven,
+    "ablation_narrow": ablation_narrow,
+    "depth_shakespeare": lambda: depth("Shakespeare"),
+    "depth_books": lambda: depth("books"),
+    "depth_toy": lambda: depth_presets("toy"),
+    "depth_tiny": lambda: depth_presets("tiny"),
+    "smollm2": smollm2,
     "embed_lr": embed_lr,
     "formats_books": lambda: formats(records("decay/runs.jsonl")),
     "formats_toy": lambda: formats(records("formats/runs.jsonl")),
@@ -777,7 +867,7 @@ def filled(page: str) -> str:
 def figures():
     import torch
 
-    from results.figures import draw_knob, draw_method, draw_pay_off, draw_traces
+    from results.figures import draw_depth, draw_knob, draw_method, draw_pay_off, draw_traces
     from tools import plot
 
     assets = HERE / "figures"
@@ -788,6 +878,7 @@ def figures():
     shown = [(r["label"], torch.tensor(r["channels"])) for r in loudest]
     yield plot.save(plot.draw_grid(shown, loudest[0]["state"]), assets / "front.png")
     yield plot.save(draw_method(), assets / "method.png")
+    yield plot.save(draw_depth(depth_runs("Shakespeare"), logs("depth"), FLOOR), assets / "depth.png")
     logged = logs("books")
     series = [(label, logged[name]) for name, label in BOOKS.items()]
     yield plot.save(plot.draw_curves(series, FLOOR, 4.4), assets / "books_curves.png")
