@@ -24,7 +24,7 @@ from nanoosp.options import answer_before_torch, begin, command, fill, option, p
 from nanoosp.run_options import RunOptions, check_before_torch, presets_table, resume, settle
 
 # A row has the values of options that are left out. Learning rates of tiny and toy come from sweeps
-# (results/README.md), of small from their trend with width, of 1.4b from the paper (App. A.1).
+# (results/depth/), of small from their trend with width, of 1.4b from the paper (App. A.1).
 PRESETS = {
     # two CPU cores, two to four minutes
     "tiny": dict(n_layer=6, n_head=3, n_embd=96, data="shakespeare", seq_len=128, batch_size=8,

@@ -55,7 +55,7 @@ class Run:
                 raise FileExistsError(f"{self.path} holds {', '.join(found)}: to go on with a run, --resume {self.path}; "
                                       "for a new one, another --out")
             say(f"{in_words(opt)}\n{optimizer_table(optimizers)}\n{opt.batch_size} x {opt.seq_len} tokens a step, "
-                f"{opt.steps * opt.batch_size / data.n_windows:.2g} epochs, directory {self.path}", opt.json)
+                f"{opt.steps * opt.batch_size / data.n_windows:.2g} epochs, directory {os.path.relpath(self.path)}", opt.json)
         self.stop = StopSignal()
         if not state:
             self.save(0)  # so that a full disk shows at once

@@ -756,7 +756,7 @@ def toy_seconds() -> str:
 
 def first_minute() -> str:
     rows = []
-    for name, machine in (("tiny", "two CPU cores"), ("toy", "one H100")):
+    for name, machine in (("tiny", "two CPU cores"), ("toy", "one H200")):
         for row in ("adam", "osp"):
             text = (HERE / f"first_minute/{name}-{row}.txt").read_text()
             shell_command = re.match(r"\$ (.*?)  ", text).group(1)
