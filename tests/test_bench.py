@@ -12,7 +12,7 @@ from nanoosp import run
 from tools import bench, dry_run
 from tools.bench import RandomTokens, flops_per_token, longest_kernels
 
-SHAPE = "--preset tiny --n-layer 1 --n-embd 32 --seq-len 16 --batch-size 4 --device cpu".split()
+SHAPE = "--preset tiny --n-layer 1 --n-head 2 --n-embd 32 --seq-len 16 --batch-size 4 --device cpu".split()
 
 
 def test_flops_of_the_paper_model_are_the_sum_of_its_products():

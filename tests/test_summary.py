@@ -33,7 +33,9 @@ def test_a_run_names_its_sibling_and_the_sibling_shows_both(small_run, tmp_path,
     train.main([*argv, "--osp", "--out", str(tmp_path / "osp")])
     *_, head, mine, other = capsys.readouterr().out.splitlines()
     assert head.split("  ")[0] == "this run, and the one beside it"
-    assert mine.startswith("OSP, learning rate 0.006") and other.startswith("Adam, learning rate 0.003")
+    rates = train.PRESETS["tiny"]["lr"]
+    assert mine.startswith(f"OSP, learning rate {rates['muon']:g} ")
+    assert other.startswith(f"Adam, learning rate {rates['adam']:g} ")
     summary = json.loads((tmp_path / "adam/summary.json").read_text())
     four = summary["quantized"]["4-4-4"]["had"]["val_loss"] - summary["val_loss"]
     assert other.split()[-4:] == [f"{summary['val_loss']:.4f}", f"{summary['kurtosis']:.3f}",

@@ -7,10 +7,13 @@ It needs nbclient and ipykernel (requirements-extra.txt), and takes as long as t
 
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from any directory
+
 from nanoosp.files import require, write_text
-from nanoosp.options import ROOT
+from nanoosp.options import ROOT, command, parse
 
 LESSON = ROOT / "docs/lesson.ipynb"
 
@@ -50,7 +53,14 @@ def as_committed(notebook) -> str:
     return text
 
 
-def main():
+@dataclass
+class Options:
+    """There are none but --help."""
+
+
+@command
+def main(argv=None):
+    parse(Options, __doc__, argv)
     began = time.perf_counter()
     notebook = read()
     execute(notebook, timeout=3600)
