@@ -146,7 +146,7 @@ SHOWN = {  # what the checks show of a model, here of random numbers
     ("loudness", lambda x: x.abs().amax(dim=0), "the shape is [7], but should be [20]"),
     ("round_row", lambda w, bits, clip: grid(w, bits, clip, -8, 7), "with 3 bits the largest code is 3"),
     ("round_row", lambda w, bits, clip: grid(w, bits, 1.0, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1), "clamped"),
-    ("round_row", lambda w, bits, clip: grid(w, bits, clip, -8, 7).clamp(max=0.5), "so -0.6 stays as it is"),
+    ("round_row", lambda w, bits, clip: grid(w, bits, clip, -8, 7).clamp(max=0.5), "so 0.6 stays as it is"),
     ("folded_head", lambda head, P: head @ P.mT, "Which W has x @ W.T equal to it?"),
     ("folded_head", lambda head, P: P @ head, "stops with RuntimeError"),
     ("round_rotated", lambda x, H, round: round(x @ H), "H.T undoes H"),

@@ -90,6 +90,10 @@ def check_special(special, functions, D: int):
     expected = (f(x @ Q) - f(x) @ Q).norm() / f(x).norm()
     same(special(f, x, Q), expected, f"for f = torch.sign it should be {expected:.3f} here. Take "
          "f(x @ Q) less f(x) @ Q, and divide the norm of the difference by that of f(x)")
+    f = torch.relu  # here |f(xQ)| is not |f(x)|, and |f(x)| not a whole number
+    expected = (f(x @ Q) - f(x) @ Q).norm() / f(x).norm()
+    same(special(f, x, Q), expected, f"for f = torch.relu it should be {expected:.3f} here. Divide "
+         "by the norm of f(x)")
     x, Q = random(D, D), rotation(D)
     rows = [f"    {name:<36} {abs(float(special(f, x, Q))):.2f}" for name, f in functions.items()]
     return "\n".join(["How much each of these cares which channel is which:", *rows])
@@ -135,12 +139,13 @@ def check_loudness(loudness, states, tokens):
 def check_round_row(round_row, row):
     """round_row(w [n], bits, clip) is w rounded to a symmetric grid whose largest code stands for
     clip * max|w|. Shows which clip suits `row`."""
-    w = torch.tensor([0.1, -0.6, 0.35, 0.7, -0.2])
+    w = torch.tensor([0.1, 0.6, 0.35, -0.7, -0.2])
     for bits, clip, hint in (
-            (4, 1.0, "with 4 bits and clip = 1 the scale is max|w| / 7 = 0.1, so -0.6 stays as it "
+            (4, 1.0, "with 4 bits and clip = 1 the scale is max|w| / 7 = 0.1, so 0.6 stays as it "
                      "is. The codes are w / scale, rounded, and the result is scale * codes"),
             (3, 1.0, "with 3 bits the largest code is 3, not 7"),
-            (4, 0.5, "with 4 bits the codes are clamped: to at least -8 and at most 7")):
+            (4, 0.5, "with 4 bits the codes are clamped: to at least -8 and at most 7"),
+            (3, 0.5, "with 3 bits the codes are clamped: to at least -4 and at most 3")):
         scale = clip * w.abs().max() / (2 ** (bits - 1) - 1)
         same(round_row(w, bits, clip), scale * Int(bits).code(w / scale), hint)
     clips = [1 - i / 20 for i in range(14)]
@@ -154,7 +159,7 @@ def check_round_row(round_row, row):
 def check_folded_head(folded_head, model, plain):
     """folded_head(head [V, D], P [D, D]) does to x what P and then head do. Compares it for `model`
     with the head of `plain`, which is model.fold()."""
-    head, P = random(9, 6), rotation(6)
+    head, P = random(9, 6), random(6, 6)
     same(folded_head(head, P), head @ P, "P makes x @ P.T of x, and the head (x @ P.T) @ head.T of "
          "that. Which W has x @ W.T equal to it?")
     W = folded_head(model.head.weight, model.embproj_out.weight)
