@@ -18,7 +18,7 @@
                             for the books; loudest.jsonl is the front page's figure
     embed_lr/               Muon with a slower embedding
     ffn_hidden/             trace.py, and what it wrote for every variant of the norms' gains
-    first_minute/*.txt      what the first commands printed
+    first_minute/           what the first commands printed, and seeds.jsonl: more seeds of tiny
     float8/                 losses of models trained with products of eight-bit floats
     formats/                Adam and OSP on Shakespeare, with the formats of hardware
     four_bits/*.json        the loss that quantization adds: command, and output of eval.py --json
@@ -770,6 +770,17 @@ def first_minute() -> str:
                      "excess kurtosis", "Gaussian", "tokens/s", "time"], rows)
 
 
+def tiny_seeds() -> str:
+    rows = []
+    for (label,), group in grouped(records("first_minute/seeds.jsonl"), "label").items():
+        check_same_data(group)
+        cells = [mean_and_spread([run[key] for run in group], digits)
+                 for key, digits in (("val_loss", 4), ("kurtosis", 2), ("rtn", 4), ("had", 4))]
+        rows.append([f"{label} ({group[0]['lr']:g})", str(len(group)), *cells])
+    return markdown(["`tiny` (learning rate)", "seeds", "validation loss", "excess kurtosis",
+                     "4-4-4 adds", "with a Hadamard"], rows)
+
+
 def rates_tiny() -> str:
     groups = {}
     for r in records("learning_rates/tiny-800.jsonl"):
@@ -849,6 +860,7 @@ TABLES = {
     "adam_parts": adam_parts,
     "knob_lr": lambda: knob("lr"),
     "knob_steps": lambda: knob("steps"),
+    "tiny_seeds": tiny_seeds,
     "rates_tiny": rates_tiny,
 }
 OVERVIEWS = (HERE.parent / "README.md", HERE / "README.md")
