@@ -80,8 +80,10 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for params in self.trained(group):
-                for p, update in zip(params, self.updates(params, group["momentum"])):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
+                updates = self.updates(params, group["momentum"]).to(params[0].dtype)
+                # _foreach_: the same for every tensor of a list, in one kernel, as torch.optim does
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_sub_(params, updates.unbind(), alpha=group["lr"])
 
     def trained(self, group):
         """The parameters of a group that have a gradient, in lists of equal shape."""
@@ -90,9 +92,8 @@ class Muon(torch.optim.Optimizer):
     def updates(self, params, beta: float):
         """muon_update() of parameters of equal shape, [k, ...]. Momenta are kept, zero at first."""
         grads = torch.stack([p.grad for p in params])
-        old = (self.state[p]["momentum"] if self.state[p] else torch.zeros_like(p) for p in params)
-        momenta = torch.stack([*old])
-        update, momenta = muon_update(grads, momenta, beta)
+        old = [self.state[p]["momentum"] if self.state[p] else torch.zeros_like(p) for p in params]
+        update, momenta = muon_update(grads, torch.stack(old), beta)
         for p, momentum in zip(params, momenta):
             self.state[p]["momentum"] = momentum
         return update

@@ -30,8 +30,8 @@ PRESETS = {
     "tiny": dict(n_layer=6, n_head=3, n_embd=96, data="shakespeare", seq_len=128, batch_size=8,
                  steps=1800, lr=dict(adam=4e-3, muon=4e-3), eval_windows=256, cuda_graph=True),
     # one GPU, half a minute
-    "toy": dict(n_layer=12, n_head=3, n_embd=192, data="shakespeare", seq_len=256, batch_size=16,
-                steps=2000, lr=dict(adam=3e-3, muon=4e-3), eval_windows=256, cuda_graph=True),
+    "toy": dict(n_layer=12, n_head=4, n_embd=256, data="shakespeare", seq_len=256, batch_size=16,
+                steps=2400, lr=dict(adam=1.4e-3, muon=3e-3), eval_windows=256, cuda_graph=True),
     # GPT-2's size, for real text; both rates trained once
     "small": dict(n_layer=12, n_head=12, n_embd=768, seq_len=1024, batch_size=256, steps=4000,
                   lr=dict(adam=1e-3, muon=2e-3), eval_windows=256, eval_every=200, save_every=200,

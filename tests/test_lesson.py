@@ -229,14 +229,14 @@ def test_the_first_cell_finds_the_repository(here, tmp_path, monkeypatch):
     (tmp_path / "clone").symlink_to(ROOT)
     monkeypatch.chdir(tmp_path / here)
     monkeypatch.setattr("sys.path", [])
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "0")
     exec(source(CELLS["root"]), {})
     assert (Path(sys.path[0]) / "muon.py").is_file()
 
 
 def test_without_the_repository_the_first_cell_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "0")
     with pytest.raises(FileNotFoundError, match="clone it first"):
         exec(source(CELLS["root"]), {})
 
