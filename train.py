@@ -24,14 +24,16 @@ from nanoosp.options import answer_before_torch, begin, command, fill, option, p
 from nanoosp.run_options import RunOptions, check_before_torch, presets_table, resume, settle
 
 # A row has the values of options that are left out. Learning rates of tiny and toy come from sweeps
-# (results/depth/), of small from their trend with width, of 1.4b from the paper (App. A.1).
+# (results/depth/), of small from their trend with width, of 1.4b from the paper (App. A.1). Where
+# "muon-only" has no rate of its own, it has that of "muon".
 PRESETS = {
-    # two CPU cores, three to four minutes
+    # two CPU cores, two to three minutes
     "tiny": dict(n_layer=6, n_head=3, n_embd=96, data="shakespeare", seq_len=128, batch_size=8,
                  steps=1800, lr=dict(adam=4e-3, muon=4e-3), eval_windows=256, cuda_graph=True),
-    # one GPU, half a minute
+    # one GPU, less than a minute
     "toy": dict(n_layer=12, n_head=4, n_embd=256, data="shakespeare", seq_len=256, batch_size=16,
-                steps=2400, lr=dict(adam=1.4e-3, muon=3e-3), eval_windows=256, cuda_graph=True),
+                steps=2400, lr={"adam": 1.4e-3, "muon": 3e-3, "muon-only": 1.5e-3},
+                eval_windows=256, cuda_graph=True),
     # GPT-2's size, for real text; both rates trained once
     "small": dict(n_layer=12, n_head=12, n_embd=768, seq_len=1024, batch_size=256, steps=4000,
                   lr=dict(adam=1e-3, muon=2e-3), eval_windows=256, eval_every=200, save_every=200,
@@ -80,8 +82,8 @@ def defaults(opt):
     """Fill in the options that are None: with the preset's values, then with these."""
     fill(opt, preset="toy" if opt.device == "cuda" else "tiny", embproj=False)
     preset = PRESETS[opt.preset]
-    lr = preset["lr"]["adam" if opt.optimizer == "adam" else "muon"]
-    fill(opt, **dict(preset, lr=lr))
+    rates = preset["lr"]
+    fill(opt, **dict(preset, lr=rates.get(opt.optimizer, rates["muon"])))
     fill(opt, embed_lr=2 * opt.lr, warmup=opt.steps // 20, cooldown=opt.steps // 5)
 
 

@@ -271,7 +271,8 @@ def test_a_new_directory_says_what_was_given(argv, name, tmp_path, monkeypatch):
 
 def test_a_rate_that_is_not_given_is_the_presets_for_the_optimizer():
     for preset, values in train.PRESETS.items():
-        for optimizer, name in (("adam", "adam"), ("muon", "muon"), ("muon-only", "muon")):
+        only = "muon-only" if preset == "toy" else "muon"  # toy's own has been looked for
+        for optimizer, name in (("adam", "adam"), ("muon", "muon"), ("muon-only", only)):
             argv = f"--preset {preset} --optimizer {optimizer} --data x --device cpu".split()
             opt = parse(train.Options, "", argv)
             train.resolve(opt)
