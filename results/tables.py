@@ -10,7 +10,8 @@
     adam_parts/             SSNorm and EmbProj for an Adam with outliers: tiny at twice its best
                             rate, two seeds, on a CPU
     books/                  six models of books: rates tried, all methods of quantize.py, bits
-    ablation_narrow/        the same rows on toy as it is now, one seed
+    ablation_narrow/        the same rows on toy as it is now, three seeds; more.jsonl: more of Adam
+                            and OSP, and Muon-only's rates; *_192.jsonl: with 192 channels
     depth/                  shapes of equal size, rates and lengths, on Shakespeare and books; also
                             how today's tiny and toy were found
     smollm2/                what four bits cost a model of two trillion tokens: the output of eval.py
@@ -273,6 +274,25 @@ def ablation_seven(runs: list[dict]) -> str:
                      "with a Hadamard"], rows)
 
 
+def toy_seeds() -> str:
+    """Adam and OSP, with the seeds that the ablation has not."""
+    runs = records("ablation_narrow/runs.jsonl") + records("ablation_narrow/more.jsonl")
+    rows = [[with_rate(group[0]["eval"]), str(len(group)), *loss_kurtosis_added(group)[0][1:]]
+            for (label,), group in grouped(runs, "label").items() if label in ("Adam", "OSP")]
+    return markdown(["", "seeds", "validation loss", kurtosis_head(runs), "4-4-4 adds",
+                     "with a Hadamard"], rows)
+
+
+def muon_only_rates() -> str:
+    runs = records("ablation_narrow/runs.jsonl") + records("ablation_narrow/more.jsonl")
+    runs = sorted((run for run in runs if run["eval"]["label"] == "Muon-only"),
+                  key=lambda run: run["lr"])
+    rows = [[f"{rate:g}", str(len(group)), *loss_kurtosis_added(group)[0][1:]]
+            for (rate,), group in grouped(runs, "lr").items()]
+    return markdown(["Muon-only's rate", "seeds", "validation loss", kurtosis_head(runs),
+                     "4-4-4 adds", "with a Hadamard"], rows)
+
+
 def embed_lr() -> str:
     """Muon with embedding and head at three rates; the first is twice --lr, the default."""
     runs = records("embed_lr/runs.jsonl")
@@ -444,10 +464,12 @@ def depth_presets(preset: str) -> str:
     """The shapes that were tried for today's tiny or toy."""
     runs = [r for r in records("depth/runs.jsonl") if f"--preset {preset} " in r["command"] + " "
             and not (r["batch_size"] == 32 and r["steps"] == 2000)]
+    for r in runs:
+        r.setdefault("seq_len", {"tiny": 128, "toy": 256}[preset])
     runs.sort(key=lambda r: (r["n_layer"], r["n_embd"], r["steps"], r["label"], r["lr"]))
     rows = depth_rows(runs, lambda r: f"{r['n_layer']} × {r['n_embd']}, {r['steps']:,} of "
-                      f"{r['batch_size']}", "steps", "batch_size")
-    head = ["blocks × width, steps of sequences", *DEPTH_HEAD]
+                      f"{r['batch_size']} × {r['seq_len']}", "steps", "batch_size", "seq_len")
+    head = ["blocks × width, steps of tokens", *DEPTH_HEAD]
     return markdown(head[:-2], [row[:-2] for row in rows])  # without gptq and quarot
 
 
@@ -726,6 +748,20 @@ def float8_losses() -> str:
     return markdown(["text", "", "", *dtypes.values()], rows)
 
 
+def float8_sums() -> str:
+    """toy as it is now, OSP: how the weights' gradients are summed."""
+    names = {"bfloat16": "bfloat16", "float8": "float8, fast sums",
+             "float8-exact": "float8, the weights' gradients summed exactly"}
+    rows = []
+    for (dtype,), group in grouped(records("float8/sums.jsonl")[1:], "dtype").items():
+        check_same_data(group)
+        cells = [mean_and_spread([r[key] for r in group], digits)
+                 for key, digits in (("val_loss", 4), ("kurtosis", 2), ("rtn", 4), ("had", 4))]
+        rows.append([names[dtype], str(len(group)), *cells])
+    return markdown(["products", "seeds", "validation loss", "excess kurtosis (Gaussian -0.023)",
+                     *ADDED], rows)
+
+
 def float8_parts() -> str:
     rows = [[r["linears"], r["gradient"], f"{r['val_loss']:.3f}"]
             for r in records("float8/tiny.jsonl")[1:]]
@@ -811,8 +847,11 @@ TABLES = {
     "books_rates": books_rates,
     "first_minute": first_minute,
     "ablation_seven": lambda: ablation_seven(records("ablation_toy/runs.jsonl")),
-    "ablation_narrow": lambda: ablation_seven([  # a second seed of Adam stands in the text only
-        run for run in records("ablation_narrow/runs.jsonl") if run["seed"] == 0]),
+    "ablation_narrow": lambda: ablation_seven(records("ablation_narrow/runs.jsonl")),
+    "ablation_192": lambda: ablation_seven([  # a second seed of Adam is in the text only
+        run for run in records("ablation_narrow/runs_192.jsonl") if run["seed"] == 0]),
+    "toy_seeds": toy_seeds,
+    "muon_only_rates": muon_only_rates,
     "depth_shakespeare": lambda: depth("Shakespeare"),
     "depth_books": lambda: depth("books"),
     "depth_toy": lambda: depth_presets("toy"),
@@ -821,6 +860,7 @@ TABLES = {
     "embed_lr": embed_lr,
     "formats_books": lambda: formats(records("decay/runs.jsonl")),
     "formats_toy": lambda: formats(records("formats/runs.jsonl")),
+    "formats_narrow": lambda: formats(records("ablation_narrow/runs.jsonl")),
     "formats_small": lambda: formats(small_runs("code")),
     "small": small,
     "small_methods": small_methods,
@@ -849,6 +889,7 @@ TABLES = {
     "float8_quality": float8_quality,
     "float8_losses": float8_losses,
     "float8_parts": float8_parts,
+    "float8_sums": float8_sums,
     "adam_parts": adam_parts,
     "knob_lr": lambda: knob("lr"),
     "knob_steps": lambda: knob("steps"),
