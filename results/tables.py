@@ -953,10 +953,13 @@ def figures():
     shown = ("books-adam-4e-3", "books-muon", "books-osp")
     bits = [(BOOKS[name], runs[f"sweep-{name}"]["eval"]["quantized"]) for name in shown]
     yield plot.save(plot.draw_bits(bits), assets / "books_bits.png")
-    labels = {run["name"]: run["eval"]["label"] for run in records("ablation_toy/runs.jsonl")}
-    series = [(labels[name], log) for name, log in logs("ablation_toy").items()
-              if labels[name] in CURVES_SHOWN]
-    yield plot.save(plot.draw_curves(series, FLOOR), assets / "curves_toy.png")
+    for folder in ("ablation_toy", "ablation_narrow"):
+        evals = {run["name"]: run["eval"] for run in records(f"{folder}/runs.jsonl")}
+        floor = next(iter(evals.values()))["kurtosis_floor"]
+        series = [(evals[name]["label"], log) for name, log in logs(folder).items()
+                  if name in evals and evals[name]["label"] in CURVES_SHOWN]
+        path = assets / f"{folder.replace('ablation', 'curves')}.png"
+        yield plot.save(plot.draw_curves(series, floor), path)
     runs = trace_runs()
     traces = {TRACES_SHOWN[variant]: [run[1:] for run in runs[variant]] for variant in TRACES_SHOWN}
     for r in (r for runs in traces.values() for run in runs for r in run):
