@@ -5,7 +5,7 @@
     ablation_full/          all 12 combinations on Shakespeare, three seeds each
                             (runs.jsonl: command and measurement; logs.jsonl: training curves)
     ablation_tiny/          the seven rows of train.py --ablation on two CPU cores: eval.json and
-                            every tenth step of log.jsonl
+                            every tenth step of log.jsonl; today*.jsonl: of tiny as it is now
     ablation_toy/           the same rows on toy, with --seeds 3
     adam_parts/             SSNorm and EmbProj for an Adam with outliers: tiny at twice its best
                             rate, two seeds, on a CPU
@@ -875,6 +875,7 @@ TABLES = {
     "ablation_full_sites": ablation_full_sites,
     "books_sites": books_sites,
     "ablation_tiny": ablation_tiny,
+    "ablation_tiny_today": lambda: ablation_table(records("ablation_tiny/today.jsonl")),
     "ffn_hidden": ffn_hidden,
     "four_bits_tiny": four_bits_tiny,
     "speed": speed,
