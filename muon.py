@@ -109,12 +109,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def same_shapes(params, limit: int = 2**27):
-    """Lists of parameters of equal shape: a few large matrix products, not many small ones. A list
-    has about `limit` numbers at most; more would cost memory and gain no time."""
-    by_shape = {}
+    """Lists of parameters of equal shape and type: a few large matrix products, not many small
+    ones. A list has about `limit` numbers at most; more would cost memory and gain no time."""
+    alike = {}
     for p in params:
-        by_shape.setdefault(p.shape, []).append(p)
-    for same in by_shape.values():
+        alike.setdefault((p.shape, p.dtype), []).append(p)
+    for same in alike.values():
         n = math.ceil(len(same) / max(1, limit // same[0].numel()))  # lists, about equally long
         for i in range(n):
             yield same[i * len(same) // n : (i + 1) * len(same) // n]

@@ -62,7 +62,7 @@ def presets_table(presets: dict[str, dict]) -> str:
     for name in names:
         cells = [preset.get(name, "-") for preset in presets.values()]
         rows.append([flag(name), *("/".join(f"{x:g}" for x in c.values()) if isinstance(c, dict) else c for c in cells)])
-    return "defaults by --preset (--lr: Adam's/Muon's/Muon-only's):\n" + table(["", *presets], rows)
+    return "defaults by --preset (--lr: Adam's/Muon's, and Muon-only's if it has its own):\n" + table(["", *presets], rows)
 
 
 def remembered(opt) -> dict:

@@ -146,6 +146,12 @@ def spread(runs: list[dict], get, digits: int, sign: bool = False) -> str:
     return ("+" if sign and statistics.mean(values) >= 0 else "") + mean_and_spread(values, digits)
 
 
+def measured_cells(runs: list[dict]) -> list[str]:
+    """Loss, kurtosis and the two costs at 4-4-4 of records that have them at the top."""
+    return [mean_and_spread([run[key] for run in runs], digits)
+            for key, digits in (("val_loss", 4), ("kurtosis", 2), ("rtn", 4), ("had", 4))]
+
+
 def of_eval(key: str):
     return lambda run: run["eval"][key]
 
@@ -274,9 +280,13 @@ def ablation_seven(runs: list[dict]) -> str:
                      "with a Hadamard"], rows)
 
 
+def toy_runs() -> list[dict]:
+    """The ablation's, more seeds of Adam and OSP, and Muon-only at other rates."""
+    return records("ablation_narrow/runs.jsonl") + records("ablation_narrow/more.jsonl")
+
+
 def toy_seeds() -> str:
-    """Adam and OSP, with the seeds that the ablation has not."""
-    runs = records("ablation_narrow/runs.jsonl") + records("ablation_narrow/more.jsonl")
+    runs = toy_runs()
     rows = [[with_rate(group[0]["eval"]), str(len(group)), *loss_kurtosis_added(group)[0][1:]]
             for (label,), group in grouped(runs, "label").items() if label in ("Adam", "OSP")]
     return markdown(["", "seeds", "validation loss", kurtosis_head(runs), "4-4-4 adds",
@@ -284,8 +294,7 @@ def toy_seeds() -> str:
 
 
 def muon_only_rates() -> str:
-    runs = records("ablation_narrow/runs.jsonl") + records("ablation_narrow/more.jsonl")
-    runs = sorted((run for run in runs if run["eval"]["label"] == "Muon-only"),
+    runs = sorted((run for run in toy_runs() if run["eval"]["label"] == "Muon-only"),
                   key=lambda run: run["lr"])
     rows = [[f"{rate:g}", str(len(group)), *loss_kurtosis_added(group)[0][1:]]
             for (rate,), group in grouped(runs, "lr").items()]
@@ -726,8 +735,7 @@ def float8_quality() -> str:
     rows = []
     for (text, method, dtype), runs in float8_runs().items():
         if dtype in ("bfloat16", "float8"):
-            cells = [mean_and_spread([r[key] for r in runs], digits)
-                     for key, digits in (("val_loss", 4), ("kurtosis", 2), ("rtn", 4), ("had", 4))]
+            cells = measured_cells(runs)
             rows.append([text, LABELS[method], dtype, f"{len(runs)}", *cells])
     return markdown(["text", "", "products", "runs", "validation loss",
                      "excess kurtosis (Gaussian -0.016)", *ADDED], rows)
@@ -752,14 +760,13 @@ def float8_sums() -> str:
     """toy as it is now, OSP: how the weights' gradients are summed."""
     names = {"bfloat16": "bfloat16", "float8": "float8, fast sums",
              "float8-exact": "float8, the weights' gradients summed exactly"}
-    rows = []
-    for (dtype,), group in grouped(records("float8/sums.jsonl")[1:], "dtype").items():
+    runs, rows = records("float8/sums.jsonl")[1:], []
+    for (dtype,), group in grouped(runs, "dtype").items():
         check_same_data(group)
-        cells = [mean_and_spread([r[key] for r in group], digits)
-                 for key, digits in (("val_loss", 4), ("kurtosis", 2), ("rtn", 4), ("had", 4))]
+        cells = measured_cells(group)
         rows.append([names[dtype], str(len(group)), *cells])
-    return markdown(["products", "seeds", "validation loss", "excess kurtosis (Gaussian -0.023)",
-                     *ADDED], rows)
+    head = f"excess kurtosis (Gaussian {runs[0]['kurtosis_floor']:.3f})"
+    return markdown(["products", "seeds", "validation loss", head, *ADDED], rows)
 
 
 def float8_parts() -> str:
@@ -801,8 +808,7 @@ def tiny_seeds() -> str:
     rows = []
     for (label,), group in grouped(records("first_minute/seeds.jsonl"), "label").items():
         check_same_data(group)
-        cells = [mean_and_spread([run[key] for run in group], digits)
-                 for key, digits in (("val_loss", 4), ("kurtosis", 2), ("rtn", 4), ("had", 4))]
+        cells = measured_cells(group)
         rows.append([f"{label} ({group[0]['lr']:g})", str(len(group)), *cells])
     return markdown(["`tiny` (learning rate)", "seeds", "validation loss", "excess kurtosis",
                      "4-4-4 adds", "with a Hadamard"], rows)
@@ -848,7 +854,7 @@ TABLES = {
     "first_minute": first_minute,
     "ablation_seven": lambda: ablation_seven(records("ablation_toy/runs.jsonl")),
     "ablation_narrow": lambda: ablation_seven(records("ablation_narrow/runs.jsonl")),
-    "ablation_192": lambda: ablation_seven([  # a second seed of Adam is in the text only
+    "ablation_192": lambda: ablation_seven([  # Adam has a second seed in the records
         run for run in records("ablation_narrow/runs_192.jsonl") if run["seed"] == 0]),
     "toy_seeds": toy_seeds,
     "muon_only_rates": muon_only_rates,

@@ -60,6 +60,7 @@ NOT_IN_THE_PAPER = [
     if norm == "ss" or embproj
 ]
 HOT = 2  # a hot row's learning rate over Adam's
+SHAPE = ("n_layer", "n_head", "n_embd", "vocab_size", "seq_len", "batch_size", "steps")
 OWN_OPTIONS = {"ablation", "full", "seeds", "gpus", "seed", "out", "json"}  # not those of a row
 
 
@@ -117,7 +118,7 @@ def plan(opt, base: Path) -> list[Row]:
     """All rows. Ends the program if their options, or what they were started with, do not fit."""
     adam_rate = opt.lr or train.PRESETS[opt.preset]["lr"]["adam"]
     given = {name: value for name, value in vars(opt).items() if name in opt.given - OWN_OPTIONS}
-    rows, first_seed = [], opt.seed
+    rows, shapes, first_seed = [], {}, opt.seed
     for seed in range(first_seed, first_seed + (opt.seeds or 1)):
         for optimizer, norm, embproj, hot in TABLE_2 + NOT_IN_THE_PAPER * opt.full:
             parts = dict(optimizer=optimizer, norm=norm, embproj=embproj)
@@ -141,7 +142,19 @@ def plan(opt, base: Path) -> list[Row]:
                 row = parse(train.Options, train.__doc__, row_options)
                 train.resolve(row)
             rows.append(Row(directory, hot, row_options, step, row.steps))
+            shapes[path] = {name: getattr(row, name) for name in SHAPE}
+    check_one_shape(shapes)
     return rows
+
+
+def check_one_shape(shapes: dict[str, dict]):
+    """End the program if rows differ in shape or length: some began when a preset was another."""
+    first, *others = shapes
+    for path in others:
+        for name, value in shapes[path].items():
+            if value != shapes[first][name]:
+                fail(f"{path} has {flag(name)} {value} and {first} {shapes[first][name]}: they belong "
+                     "into no one table, so give another --out")
 
 
 def typed(options: dict) -> list[str]:
