@@ -249,17 +249,13 @@ def test_an_ablation_is_not_continued_or_widened_on_other_data(small_run, tmp_pa
     assert not (tmp_path / "a/adam-s1").exists()
 
 
-def test_rows_of_two_lengths_make_no_table(small_run, tmp_path, forked, monkeypatch, capsys):
+def test_rows_of_two_lengths_make_no_table(small_run, tmp_path, monkeypatch, capsys):
     """As when a preset has changed since the first rows were trained."""
-    monkeypatch.setitem(sys.modules, "tools.plot", None)
-    argv = [*small_run, "--ablation", "--out", str(tmp_path / "a")]
-    monkeypatch.setattr(ablation, "TABLE_2", THREE[:1])
-    monkeypatch.setitem(train.PRESETS["tiny"], "steps", 2)
-    ablation.main(argv)
+    train.main([*small_run, "--steps", "2", "--out", str(tmp_path / "a/adam-s0")])
     monkeypatch.setattr(ablation, "TABLE_2", THREE[:2])
     monkeypatch.setitem(train.PRESETS["tiny"], "steps", 3)
-    code, lines = ends(argv, capsys)
-    assert code == 2 and "has --steps 3" in lines and "they belong into no one table" in lines
+    code, line = ends([*small_run, "--ablation", "--out", tmp_path / "a"], capsys)
+    assert code == 2 and "has --steps 3" in line and "they belong into no one table" in line
     assert len(list((tmp_path / "a").glob("*/ckpt.pt"))) == 1
 
 
