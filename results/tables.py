@@ -735,8 +735,7 @@ def float8_quality() -> str:
     rows = []
     for (text, method, dtype), runs in float8_runs().items():
         if dtype in ("bfloat16", "float8"):
-            cells = measured_cells(runs)
-            rows.append([text, LABELS[method], dtype, f"{len(runs)}", *cells])
+            rows.append([text, LABELS[method], dtype, f"{len(runs)}", *measured_cells(runs)])
     return markdown(["text", "", "products", "runs", "validation loss",
                      "excess kurtosis (Gaussian -0.016)", *ADDED], rows)
 
@@ -763,8 +762,7 @@ def float8_sums() -> str:
     runs, rows = records("float8/sums.jsonl")[1:], []
     for (dtype,), group in grouped(runs, "dtype").items():
         check_same_data(group)
-        cells = measured_cells(group)
-        rows.append([names[dtype], str(len(group)), *cells])
+        rows.append([names[dtype], str(len(group)), *measured_cells(group)])
     head = f"excess kurtosis (Gaussian {runs[0]['kurtosis_floor']:.3f})"
     return markdown(["products", "seeds", "validation loss", head, *ADDED], rows)
 
@@ -808,8 +806,7 @@ def tiny_seeds() -> str:
     rows = []
     for (label,), group in grouped(records("first_minute/seeds.jsonl"), "label").items():
         check_same_data(group)
-        cells = measured_cells(group)
-        rows.append([f"{label} ({group[0]['lr']:g})", str(len(group)), *cells])
+        rows.append([f"{label} ({group[0]['lr']:g})", str(len(group)), *measured_cells(group)])
     return markdown(["`tiny` (learning rate)", "seeds", "validation loss", "excess kurtosis",
                      "4-4-4 adds", "with a Hadamard"], rows)
 
