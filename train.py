@@ -27,7 +27,7 @@ from nanoosp.run_options import RunOptions, check_before_torch, presets_table, r
 # (results/depth/; muon-only's: results/ablation_narrow/), of small from their trend with width, of
 # 1.4b from the paper (App. A.1). Where "muon-only" has no rate of its own, it has that of "muon".
 PRESETS = {
-    # two CPU cores, about three minutes
+    # two CPU cores, two to three minutes
     "tiny": dict(n_layer=6, n_head=3, n_embd=96, data="shakespeare", seq_len=128, batch_size=8,
                  steps=1800, lr=dict(adam=4e-3, muon=4e-3), eval_windows=256, cuda_graph=True),
     # one GPU, less than a minute
